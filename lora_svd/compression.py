@@ -1,0 +1,149 @@
+"""The pipeline: statistics -> metrics -> spectra -> ranks -> factors -> absorbed factors. Values in, values out.
+
+For each targeted weight W, find W' of rank k that minimizes ``tr((W - W')^T row (W - W') column)``, the loss to second
+order if row and column come from gradients and activations; choose all k together so that the summed minimum is least
+under one budget of stored parameters; then fold the trained bypass in by the same truncation.
+
+Weights come as functions, so that one dense float64 matrix is in memory at a time, whatever the base stores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .allocation import LayerShape, allocate_ranks
+from .decompositions import DECOMPOSITIONS, Factors
+from .errors import LoraSVDError, NumericalError
+from .importance import IMPORTANCES
+from .linalg import Metrics, shrink
+from .statistics import LayerStatistics
+
+
+@dataclass(frozen=True)
+class CompressionSettings:
+    """The choices of one compression, as in ``LoraSVDConfig``."""
+
+    importance: str
+    allocation: str
+    decomposition: str
+    factor_format: str
+    rank_multiple: int
+    row_shrinkage: float
+    column_shrinkage: float
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """What the pipeline needs of one layer.
+
+    Attributes:
+        shape: of the weight, and the ranks stored on top of the kept one.
+        weight: returns the frozen weight, (out, in), on the CPU in float64.
+        statistics: returns what was observed.
+    """
+
+    shape: LayerShape
+    weight: Callable[[], Tensor]
+    statistics: Callable[[], LayerStatistics]
+
+
+def layer_metrics(name: str, layer: LayerInput, weight: Tensor, settings: CompressionSettings) -> Metrics:
+    """The row and column metric of one layer, shrunk so that the factorization is well posed.
+
+    Raises:
+        LoraSVDError: the layer was never observed.
+        NumericalError: its statistics are not finite.
+    """
+    importance = IMPORTANCES[settings.importance]
+    seen = layer.statistics()
+    for statistic in importance.statistics:
+        if statistic not in seen.sums or not any(seen.counts.values()):
+            raise LoraSVDError(
+                f"{name}: nothing was observed for importance={settings.importance!r} ({statistic} is missing). Train at "
+                "least one step (loss.backward(), then update_and_allocate(step) or LoraSVDCallback) before compressing, "
+                "or use importance='none'"
+            )
+        num_bad = int((~torch.isfinite(seen.sums[statistic])).sum())
+        if num_bad:
+            raise NumericalError(
+                f"{name}: {statistic} has {num_bad} of {seen.sums[statistic].numel()} non-finite values; a batch gave a "
+                "non-finite loss or gradient. Lower the learning rate, or train in float32 or bfloat16"
+            )
+    metrics = importance.metrics(seen, weight)
+    return Metrics(
+        row=shrink(metrics.row, settings.row_shrinkage), column=shrink(metrics.column, settings.column_shrinkage)
+    )
+
+
+def compute_spectra(layers: Mapping[str, LayerInput], settings: CompressionSettings) -> dict[str, Tensor]:
+    """Squared singular values of every weight in its metrics, by layer."""
+    decomposition = DECOMPOSITIONS[settings.decomposition]
+    spectra = {}
+    for name, layer in _progress(layers, "spectra"):
+        weight = layer.weight()
+        with _named(name):
+            spectra[name] = decomposition.spectrum(weight, layer_metrics(name, layer, weight, settings))
+    return spectra
+
+
+def choose_ranks(
+    layers: Mapping[str, LayerInput], spectra: Mapping[str, Tensor], param_ratio: float, settings: CompressionSettings
+) -> dict[str, int]:
+    """Kept rank by layer; ``min(out, in)`` means dense."""
+    return allocate_ranks(
+        spectra,
+        {name: layer.shape for name, layer in layers.items()},
+        param_ratio=param_ratio,
+        allocation=settings.allocation,
+        factor_format=settings.factor_format,
+        rank_multiple=settings.rank_multiple,
+    )
+
+
+def factorize(
+    layers: Mapping[str, LayerInput], ranks: Mapping[str, int], settings: CompressionSettings
+) -> Iterable[tuple[str, Factors | None]]:
+    """The best factors of each weight at its rank, layer by layer; None where it stays dense."""
+    decomposition = DECOMPOSITIONS[settings.decomposition]
+    for name, layer in _progress(layers, "factors"):
+        if ranks[name] >= layer.shape.full_rank:
+            yield name, None
+            continue
+        weight = layer.weight()
+        with _named(name):
+            yield name, decomposition.factorize(weight, layer_metrics(name, layer, weight, settings), ranks[name])
+
+
+def absorb(name: str, layer: LayerInput, factors: Factors, bypass: Tensor, settings: CompressionSettings) -> Factors:
+    """The rank-k truncation of ``left @ right + s B A`` in the layer's metrics: the bypass at no parameters.
+
+    Args:
+        factors: left (out, k), right (k, in).
+        bypass: s B A, (out, in).
+    """
+    with _named(name):
+        metrics = layer_metrics(name, layer, layer.weight(), settings)
+        compensated = factors.product().double() + bypass.double()
+        return DECOMPOSITIONS[settings.decomposition].factorize(compensated, metrics, factors.rank)
+
+
+class _named:
+    """Puts the module's name in front of a numerical failure."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (NumericalError, torch.linalg.LinAlgError)) and self._name not in str(error):
+            raise NumericalError(f"{self._name}: {error}") from error
+
+
+def _progress(layers: Mapping[str, LayerInput], label: str) -> Iterable[tuple[str, LayerInput]]:
+    return tqdm(layers.items(), desc=label, leave=False, delay=2)

@@ -1,0 +1,100 @@
+"""What the observations mean: statistics of a layer -> the metrics in which its weight is factorized.
+
+A preset names the statistics it needs and turns them into a row metric and a column metric. A new preset is one
+function and one registry line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .linalg import Metrics
+from .statistics import LayerStatistics
+
+
+@dataclass(frozen=True)
+class Importance:
+    """A preset.
+
+    Attributes:
+        statistics: names in ``statistics.STATISTICS``.
+        metrics: ``(statistics, weight (out, in) float64) -> Metrics``.
+    """
+
+    statistics: tuple[str, ...]
+    metrics: Callable[[LayerStatistics, Tensor], Metrics]
+
+
+def lora(seen: LayerStatistics, weight: Tensor) -> Metrics:
+    """Rows by ``J_i = sum_j ( G_BA,ij ((BA)_ij + w_ij) )^2``, LoRAPrune's sensitivity under FWSVD's row assumption.
+
+    J is the loss change from zeroing a weight, not from perturbing it, and carries the scale of weight and input:
+    published, kept as written, but not comparable across layers. Use "lora_activation".
+    """
+    return Metrics(row=seen.mean("lora_rows"))
+
+
+def lora_minnorm(seen: LayerStatistics, weight: Tensor) -> Metrics:
+    """As "lora" with the minimum-norm estimate of the gradient."""
+    return Metrics(row=seen.mean("minnorm_rows"))
+
+
+def lora_activation(seen: LayerStatistics, weight: Tensor) -> Metrics:
+    """LoRA gradients for the rows, in units of loss, and ``X = E[x x^T]`` for the columns.
+
+    ``c_i = ( sum_j J_ij / sum_j w_ij^2 ) n / tr(X)``: dividing J by the energy of the weights and of the input leaves an
+    estimate of ``E[g_i^2]`` from LoRA gradients alone. Rows of zero weight have no sensitivity and get c_i = 0.
+    """
+    gram = seen.mean("input_gram")
+    energy = weight.square().sum(1)
+    sensitivity = seen.mean("lora_rows") / energy.clamp_min(1e-30 + 1e-12 * float(energy.mean()))
+    return Metrics(row=sensitivity / max(float(gram.diagonal().mean()), 1e-300), column=gram)
+
+
+def fisher(seen: LayerStatistics, weight: Tensor) -> Metrics:
+    """FWSVD (Hsu et al. 2022): rows by ``sum_j E[(dL/dw_ij)^2]``, gradients of single samples, not of the batch mean.
+
+    A widespread implementation weights input columns, and shifts the labels twice.
+    """
+    return Metrics(row=seen.mean("weight_gradient_rows"))
+
+
+def activation_scale(seen: LayerStatistics, weight: Tensor) -> Metrics:
+    """ASVD (Yuan et al. 2023): columns scaled by ``mean(|x_j|)^alpha`` with alpha = 1/2, so the metric is ``mean |x_j|``."""
+    return Metrics(column=seen.mean("input_abs"))
+
+
+def activation(seen: LayerStatistics, weight: Tensor) -> Metrics:
+    """SVD-LLM (Wang et al. 2025): ``X = E[x x^T]``, the error of the layer's output."""
+    return Metrics(column=seen.mean("input_gram"))
+
+
+def gradient_activation(seen: LayerStatistics, weight: Tensor) -> Metrics:
+    """The diagonal of ``C = E[g g^T]`` for the rows and X for the columns."""
+    return Metrics(row=seen.mean("output_square"), column=seen.mean("input_gram"))
+
+
+def kronecker(seen: LayerStatistics, weight: Tensor) -> Metrics:
+    """``C = E[g g^T]`` and ``X = E[x x^T]`` per token: the loss to second order, ``1/2 tr(D^T C D X)`` (K-FAC)."""
+    return Metrics(row=seen.mean("output_gram"), column=seen.mean("input_gram"))
+
+
+def plain(seen: LayerStatistics, weight: Tensor) -> Metrics:
+    """The identity on both sides: plain SVD."""
+    return Metrics()
+
+
+IMPORTANCES: dict[str, Importance] = {
+    "lora": Importance(("lora_rows",), lora),
+    "lora_minnorm": Importance(("minnorm_rows",), lora_minnorm),
+    "lora_activation": Importance(("lora_rows", "input_gram"), lora_activation),
+    "fisher": Importance(("weight_gradient_rows",), fisher),
+    "activation_scale": Importance(("input_abs",), activation_scale),
+    "activation": Importance(("input_gram",), activation),
+    "gradient_activation": Importance(("output_square", "input_gram"), gradient_activation),
+    "kronecker": Importance(("output_gram", "input_gram"), kronecker),
+    "none": Importance((), plain),
+}

@@ -1,0 +1,321 @@
+"""``LoraSVDLinear``: a linear layer with a LoRA bypass, observed while it trains, and later with factors for its weight."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .allocation import LayerShape
+from .decompositions import Factors
+from .errors import LoraSVDError, NumericalError
+from .importance import IMPORTANCES
+from .statistics import (
+    COUNTS,
+    STATISTICS,
+    LayerStatistics,
+    Observe,
+    SharedGram,
+    StepObservation,
+    observe_tokens,
+)
+
+if TYPE_CHECKING:
+    from .config import LoraSVDConfig
+
+_STATE = (*STATISTICS, "counts", "left", "right")
+
+
+class LoraSVDLinear(nn.Module, BaseTunerLayer):
+    """``y = W x + s B A x``, later ``y = left (right x) + s B A x``; bias as in the base layer.
+
+    Per adapter: trainable A (r, in) and B (out, r); buffers for the statistics while the weight is whole, and for the
+    factors left (out, k) and right (k, in) once it is not. All of it is saved with the adapter. With several active
+    adapters their changes of the output add up, where the change of a compressed one is ``left right x - W x + s B A x``.
+    """
+
+    adapter_layer_names = ("lora_svd_A", "lora_svd_B")
+    other_param_names = (
+        "r", "lora_alpha", "scaling", "lora_svd_dropout", *(f"lora_svd_{name}" for name in _STATE)
+    )  # fmt: skip
+
+    def __init__(self, base_layer: nn.Module, shared: SharedGram, **kwargs: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        base = self.get_base_layer()
+        self.quantization_backend = resolve_quantization_backend(base, **kwargs)
+        self.fan_in_fan_out = isinstance(base, Conv1D)
+        self.in_features, self.out_features = (base.nx, base.nf) if isinstance(base, Conv1D) else _features(base)
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.lora_svd_dropout = nn.ModuleDict()
+        self.lora_svd_A = nn.ParameterDict()
+        self.lora_svd_B = nn.ParameterDict()
+        for name in _STATE:
+            setattr(self, f"lora_svd_{name}", BufferDict(persistent=True))
+        self._observed: dict[str, tuple[str, ...]] = {}
+        self._shared = shared
+        self._merged_changes: dict[str, Tensor] = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self.cast_input_dtype_enabled = True
+
+    # -- adapters ------------------------------------------------------------------------------------------------------
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: LoraSVDConfig,
+        *,
+        key: str,
+        r: int | None = None,
+        lora_alpha: float | None = None,
+    ) -> None:
+        """Add an adapter. ``key`` is the module's name in ``config.compact_ranks``."""
+        r = config.r if r is None else r
+        if r < 1:
+            raise LoraSVDError(f"r: got {r} for module {key}, expected a positive integer; see r and rank_pattern")
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = config.lora_alpha if lora_alpha is None else lora_alpha
+        self.scaling[adapter_name] = self.lora_alpha[adapter_name] / r
+        self.lora_svd_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.lora_svd_A[adapter_name] = nn.Parameter(torch.empty(r, self.in_features))
+        self.lora_svd_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, r))
+        nn.init.kaiming_uniform_(self.lora_svd_A[adapter_name], a=math.sqrt(5))
+        if config.init_weights:
+            nn.init.zeros_(self.lora_svd_B[adapter_name])
+        else:
+            nn.init.kaiming_uniform_(self.lora_svd_B[adapter_name], a=math.sqrt(5))
+        rank = (config.compact_ranks or {}).get(key)
+        if config.compressed and rank is not None and rank < min(self.in_features, self.out_features):
+            self.lora_svd_left[adapter_name] = torch.zeros(self.out_features, rank)
+            self.lora_svd_right[adapter_name] = torch.zeros(rank, self.in_features)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self.observe(adapter_name, config)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._observed.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def layer_shape(self, adapter_name: str, *, keep: bool) -> LayerShape:
+        """Shape of the weight; with ``keep`` the bypass is stored on top of the kept rank."""
+        return LayerShape(self.out_features, self.in_features, self.r[adapter_name] if keep else 0)
+
+    def dense_weight(self) -> Tensor:
+        """The frozen weight, (out, in), dequantized if need be."""
+        weight = self.get_base_weight()
+        return weight.T if self.fan_in_fan_out else weight
+
+    def bypass(self, adapter_name: str) -> Tensor:
+        """s B A, (out, in), float32."""
+        left, right = self.bypass_factors(adapter_name)
+        return left @ right
+
+    def bypass_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """s B (out, r) and A (r, in)."""
+        B, A = self.lora_svd_B[adapter_name].detach(), self.lora_svd_A[adapter_name].detach()
+        return self.scaling[adapter_name] * B.float(), A.float()
+
+    def factors(self, adapter_name: str) -> Factors | None:
+        """The factors that stand for the weight, or None while it is whole or stays dense."""
+        if adapter_name not in self.lora_svd_left:
+            return None
+        return Factors(self.lora_svd_left[adapter_name], self.lora_svd_right[adapter_name])
+
+    def kept_rank(self, adapter_name: str) -> int:
+        """Rank of the factors; ``min(out, in)`` where the weight is whole."""
+        factors = self.factors(adapter_name)
+        return min(self.in_features, self.out_features) if factors is None else factors.rank
+
+    def set_factors(self, adapter_name: str, factors: Factors | None) -> None:
+        """Let factors stand for the weight from now on, in float32; None restores the whole weight."""
+        device = self.lora_svd_A[adapter_name].device
+        for name, tensor in (("left", factors and factors.left), ("right", factors and factors.right)):
+            buffers = getattr(self, f"lora_svd_{name}")
+            if tensor is not None:
+                buffers[adapter_name] = tensor.to(device, torch.float32).contiguous()
+            elif adapter_name in buffers:
+                del buffers[adapter_name]
+
+    # -- observation ---------------------------------------------------------------------------------------------------
+
+    def observe(self, adapter_name: str, config: LoraSVDConfig) -> None:
+        """Collect statistics for this adapter while it trains and its weight is whole; keep what there is otherwise."""
+        self._observed.pop(adapter_name, None)
+        if not (config.compressed or config.inference_mode or config.param_ratio == 1):
+            self._observed[adapter_name] = IMPORTANCES[config.importance].statistics
+
+    def reset_state(self, adapter_name: str) -> None:
+        """Forget the statistics and factors of this adapter."""
+        for name in _STATE:
+            if adapter_name in (buffers := getattr(self, f"lora_svd_{name}")):
+                del buffers[adapter_name]
+
+    def allocate_state(self, adapter_name: str, attribute: str, like: Tensor) -> None:
+        """Make room for a saved statistic or factor; other attributes are passed over."""
+        if attribute.removeprefix("lora_svd_") in _STATE:
+            getattr(self, attribute)[adapter_name] = torch.empty_like(like, device=self.lora_svd_A[adapter_name].device)
+
+    def statistics(self, adapter_name: str) -> LayerStatistics:
+        """What was observed for this adapter, on the CPU."""
+        sums = {
+            name: getattr(self, f"lora_svd_{name}")[adapter_name].cpu()
+            for name in STATISTICS
+            if adapter_name in getattr(self, f"lora_svd_{name}")
+        }
+        seen = (
+            self.lora_svd_counts[adapter_name].tolist() if adapter_name in self.lora_svd_counts else [0] * len(COUNTS)
+        )
+        return LayerStatistics(sums, dict(zip(COUNTS, seen, strict=True)))
+
+    def observe_step(self, adapter_name: str) -> None:
+        """Add the gradients that the optimizer is about to use to the statistics of this adapter."""
+        names = [name for name in self._observed.get(adapter_name, ()) if STATISTICS[name].per == "step"]
+        A, B = self.lora_svd_A[adapter_name], self.lora_svd_B[adapter_name]
+        if A.grad is None or B.grad is None:
+            return
+        if names:
+            tensors = (t.detach().float() for t in (self.dense_weight(), A, B, A.grad, B.grad))
+            step = StepObservation(*tensors, scaling=self.scaling[adapter_name])
+            for name in names:
+                self._accumulate(adapter_name, name, STATISTICS[name].of(step))
+        self._count(adapter_name, "step", torch.ones((), dtype=torch.int64))
+
+    def _observe_tokens(self, x: Tensor, g: Tensor) -> None:
+        seen, counts = observe_tokens(x, g, self._shared)
+        for adapter_name, names in self._observed.items():
+            if adapter_name not in self.active_adapters:
+                continue
+            for name in names:
+                if STATISTICS[name].per != "step":
+                    self._accumulate(adapter_name, name, STATISTICS[name].of(seen))
+            for unit, count in counts.items():
+                self._count(adapter_name, unit, count)
+
+    def _accumulate(self, adapter_name: str, name: str, value: Tensor) -> None:
+        buffers = getattr(self, f"lora_svd_{name}")
+        if adapter_name not in buffers:
+            shape = STATISTICS[name].shape(self.out_features, self.in_features)
+            buffers[adapter_name] = torch.zeros(shape, dtype=torch.float32, device=value.device)
+        buffers[adapter_name] += value
+
+    def _count(self, adapter_name: str, unit: str, count: Tensor) -> None:
+        if adapter_name not in self.lora_svd_counts:
+            device = self.lora_svd_A[adapter_name].device
+            self.lora_svd_counts[adapter_name] = torch.zeros(len(COUNTS), dtype=torch.int64, device=device)
+        self.lora_svd_counts[adapter_name][COUNTS.index(unit)] += count
+
+    # -- merge ---------------------------------------------------------------------------------------------------------
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """What the adapter changes in the weight, oriented like the base weight: ``s B A (+ left right - W)``."""
+        change = self.bypass(adapter_name)
+        factors = self.factors(adapter_name)
+        if factors is not None:
+            change = change + factors.product() - self.dense_weight().to(change.dtype)
+        return change.T if self.fan_in_fan_out else change
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters' changes to the base weight. ``safe_merge`` refuses a non-finite result."""
+        for adapter_name in check_adapters_to_merge(self, adapter_names):
+            if adapter_name not in self.lora_svd_A:
+                continue
+            weight = self.get_base_weight()
+            # A change is relative to the unmerged weight, and cannot be recomputed from the merged one to take it back.
+            change = self.get_delta_weight(adapter_name) + sum(self._merged_changes.values()) * self._replaces(
+                adapter_name
+            )
+            merged = (weight.to(change.dtype) + change).to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise NumericalError(
+                    f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
+                )
+            self.set_base_weight(merged)
+            self._merged_changes[adapter_name] = change
+            self.merged_adapters.append(adapter_name)
+
+    def _replaces(self, adapter_name: str) -> int:
+        """1 if the change is measured against the base weight as it is now, which earlier merges have moved."""
+        return int(adapter_name in self.lora_svd_left)
+
+    def unmerge(self) -> None:
+        """Take back every merged change."""
+        while self.merged_adapters:
+            change = self._merged_changes.pop(self.merged_adapters.pop(), None)
+            if change is not None:
+                weight = self.get_base_weight()
+                self.set_base_weight((weight.to(change.dtype) - change).to(weight.dtype))
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer, with the adapters merged into it or as it was before."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        elif self.merged:
+            self.unmerge()
+        return self.base_layer
+
+    # -- forward -------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        dtype = x.dtype
+        adapters = [name for name in self.active_adapters if name in self.lora_svd_A]
+        result = self._weight_output(x, adapters, *args, **kwargs)
+        for adapter_name in adapters:
+            A, B = self.lora_svd_A[adapter_name], self.lora_svd_B[adapter_name]
+            hidden = self.lora_svd_dropout[adapter_name](self._cast_input_dtype(x, A.dtype))
+            result = result + F.linear(F.linear(hidden, A), B) * self.scaling[adapter_name]
+        result = result.to(dtype)
+        if self._observed and result.requires_grad and any(name in self._observed for name in adapters):
+            result = Observe.apply(x, result, self._observe_tokens)
+        return result
+
+    def _weight_output(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """``W x + b`` with W replaced by the factors of the compressed adapters."""
+        compressed = [factors for name in adapters if (factors := self.factors(name)) is not None]
+        if len(compressed) == 1:  # the usual case: the base weight is not needed at all
+            bias = self.get_base_layer().bias
+            return _low_rank_linear(x, compressed[0], None if bias is None else bias.to(x.dtype))
+        result = self.base_layer(x, *args, **kwargs)
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        if compressed:
+            weight = self.dense_weight().to(x.dtype)
+            result = result - len(compressed) * F.linear(x, weight)
+        for factors in compressed:
+            result = result + _low_rank_linear(x, factors, None)
+        return result
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter is a plain LoRA, that is, not yet compressed."""
+        return adapter_name not in self.lora_svd_left
+
+    def __repr__(self) -> str:
+        return "lora_svd." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+
+def _low_rank_linear(x: Tensor, factors: Factors, bias: Tensor | None) -> Tensor:
+    return F.linear(F.linear(x, factors.right.to(x.dtype)), factors.left.to(x.dtype), bias)
+
+
+def _features(base: nn.Module) -> tuple[int, int]:
+    return int(base.in_features), int(base.out_features)  # pyright: ignore[reportArgumentType] - checked on injection

@@ -1,0 +1,117 @@
+"""Matrix functions behind the weighted factorizations. Pure: float64 in, float64 out, named failures.
+
+A *metric* is a symmetric positive semi-definite weight on the rows or columns of a matrix. It is stored as ``None``
+(the identity), a vector (its diagonal) or a square matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import NumericalError
+
+# Negative eigenvalues of a Gram matrix that was accumulated in float32 are rounding. Beyond this share of the largest
+# eigenvalue they are not (statistics accumulated in half precision reach 1e-3), and no root of the matrix means anything.
+INDEFINITE_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What an error in each direction costs: ``tr(D^T row D column)`` for the error D of a weight (out, in).
+
+    Attributes:
+        row: None, (out,) or (out, out).
+        column: None, (in,) or (in, in).
+    """
+
+    row: Tensor | None = None
+    column: Tensor | None = None
+
+    @property
+    def transposed(self) -> Metrics:
+        """The same metrics for the transposed weight."""
+        return Metrics(row=self.column, column=self.row)
+
+
+def shrink(metric: Tensor | None, amount: float) -> Tensor | None:
+    """``(1 - amount) M + amount * mean(diag M) * I``: relative shrinkage towards the identity, in float64.
+
+    A metric that is zero throughout carries no information and becomes the identity.
+
+    Raises:
+        NumericalError: the metric has non-finite values.
+    """
+    if metric is None:
+        return None
+    metric = metric.double()
+    num_bad = int((~torch.isfinite(metric)).sum())
+    if num_bad:
+        raise NumericalError(f"metric has {num_bad} of {metric.numel()} non-finite values, expected none")
+    diagonal = metric if metric.dim() == 1 else metric.diagonal()
+    mean = float(diagonal.mean())
+    if mean <= 0:
+        return torch.ones_like(metric) if metric.dim() == 1 else torch.eye(len(metric), dtype=torch.float64)
+    if metric.dim() == 1:
+        return (1 - amount) * metric + amount * mean
+    shrunk = (1 - amount) * metric
+    shrunk.diagonal().add_(amount * mean)
+    return shrunk
+
+
+def metric_root(metric: Tensor | None) -> Tensor | None:
+    """R with ``R R^T = metric``: None, (n,) for a diagonal, else lower triangular or, if rounding left the metric
+    indefinite, eigenvectors times square roots of eigenvalues raised to ``1e-12`` of the largest.
+
+    Raises:
+        NumericalError: an eigenvalue is below ``-INDEFINITE_TOLERANCE`` times the largest.
+    """
+    if metric is None:
+        return None
+    if metric.dim() == 1:
+        return metric.clamp_min(1e-12 * float(metric.max())).sqrt()
+    root, failed = torch.linalg.cholesky_ex(metric)
+    if not int(failed):
+        return root
+    values, vectors = torch.linalg.eigh(metric)
+    largest = float(values[-1])
+    if largest <= 0 or float(values[0]) < -INDEFINITE_TOLERANCE * largest:
+        raise NumericalError(
+            f"metric is indefinite: smallest eigenvalue {float(values[0]):.3g}, largest {largest:.3g}; expected at least "
+            f"{-INDEFINITE_TOLERANCE:g} times the largest. Accumulate statistics in float32 or raise the shrinkage"
+        )
+    return vectors * values.clamp_min(1e-12 * largest).sqrt()
+
+
+def root_transpose_times(root: Tensor | None, matrix: Tensor) -> Tensor:
+    """``R^T M`` for a root from :func:`metric_root`."""
+    if root is None:
+        return matrix
+    return root[:, None] * matrix if root.dim() == 1 else root.T @ matrix
+
+
+def root_transpose_solve(root: Tensor | None, matrix: Tensor) -> Tensor:
+    """``R^-T M`` for a root from :func:`metric_root`."""
+    if root is None:
+        return matrix
+    if root.dim() == 1:
+        return matrix / root[:, None]
+    if torch.equal(root, root.tril()):
+        return torch.linalg.solve_triangular(root.T, matrix, upper=True)
+    return torch.linalg.solve(root.T, matrix)
+
+
+def metric_times(metric: Tensor | None, matrix: Tensor) -> Tensor:
+    """``metric @ M``."""
+    if metric is None:
+        return matrix
+    return metric[:, None] * matrix if metric.dim() == 1 else metric @ matrix
+
+
+def metric_norm(error: Tensor, metrics: Metrics) -> float:
+    """``tr(D^T row D column)``, the squared norm of an error D (out, in) in the metrics, computed in float64."""
+    error = error.double()
+    weighted = metric_times(metrics.column, metric_times(metrics.row, error).T).T
+    return float((error * weighted).sum())

@@ -1,0 +1,30 @@
+"""Makes PEFT and transformers know this package. The only contact with their private names."""
+
+from peft import mapping
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+from .compact import LoraSVDCompactConfig, LoraSVDCompactQuantizer
+from .config import LoraSVDConfig
+from .errors import LoraSVDError
+from .model import LoraSVDModel
+from .peft_type import LORA_SVD, PREFIX
+
+
+def register() -> None:
+    """Enter the tuner and the compact loader into the tables of PEFT and transformers. Safe to call again.
+
+    Raises:
+        LoraSVDError: another package has taken the name.
+    """
+    for table, key, value in (
+        # The tables are changed in place, since PEFT's modules imported them by reference.
+        (mapping.PEFT_TYPE_TO_CONFIG_MAPPING, LORA_SVD, LoraSVDConfig),
+        (mapping.PEFT_TYPE_TO_TUNER_MAPPING, LORA_SVD, LoraSVDModel),
+        (mapping.PEFT_TYPE_TO_PREFIX_MAPPING, LORA_SVD, PREFIX),
+        (AUTO_QUANTIZATION_CONFIG_MAPPING, "lora_svd", LoraSVDCompactConfig),
+        (AUTO_QUANTIZER_MAPPING, "lora_svd", LoraSVDCompactQuantizer),
+    ):
+        if table.setdefault(key, value) is not value:  # pyright: ignore[reportArgumentType, reportCallIssue]
+            raise LoraSVDError(
+                f"{key}: {table[key]} has registered this name before; import only one of the two packages"
+            )

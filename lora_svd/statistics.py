@@ -1,0 +1,192 @@
+"""What is observed of a layer while it trains: sums over tokens and over steps, in float32, one tensor a statistic.
+
+A layer ``y = W x`` with a bypass ``s B A x`` shows x in its forward pass and ``g = dL/dy`` in its backward pass, so
+everything here is collected in the backward pass of the wrapped layer: once a token, whatever gradient checkpointing
+repeats. A token is observed if its g is not zero: what cannot change the loss (padding, a label that is ignored, the
+query of a first token) has no say in what matters. g is taken as autograd gives it; its scale (mean over tokens,
+gradient accumulation) is common to all layers and drops out.
+
+A new statistic is one function and one registry line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenObservation:
+    """One backward pass of one layer. x: (samples, tokens, in), g: (samples, tokens, out), float32, unobserved rows 0.
+
+    ``shared`` lets layers with the same input (query, key and value; gate and up) compute its Gram matrix once.
+    """
+
+    x: Tensor
+    g: Tensor
+    shared: SharedGram = field(repr=False)
+
+
+@dataclass(frozen=True)
+class StepObservation:
+    """One optimizer step of one layer, gradients accumulated and clipped: what the optimizer is about to use.
+
+    weight: (out, in), lora_A: (r, in), lora_B: (out, r), scaling: s. float32.
+    """
+
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    grad_A: Tensor
+    grad_B: Tensor
+    scaling: float
+
+
+class SharedGram:
+    """The Gram matrix of the input last seen, kept until another input comes."""
+
+    def __init__(self) -> None:
+        self._source: Tensor | None = None
+        self._mask: Tensor | None = None
+        self._gram: Tensor | None = None
+
+    def bind(self, source: Tensor, mask: Tensor) -> None:
+        """Name the tensor that the next call is about; its Gram matrix is kept if both equal the last ones.
+
+        The tensor is held, so that its memory cannot be reused for another input meanwhile.
+        """
+        if self._source is not None and self._mask is not None and _same_tensor(self._source, source):
+            if torch.equal(self._mask, mask):
+                return
+        self._source, self._mask, self._gram = source, mask, None
+
+    def gram(self, x: Tensor) -> Tensor:
+        """sum over tokens of ``x x^T``, (in, in)."""
+        if self._gram is None:
+            flat = x.flatten(0, 1)
+            self._gram = flat.T @ flat
+        return self._gram
+
+    def clear(self) -> None:
+        """Forget the input: the optimizer step is over."""
+        self._source = self._mask = self._gram = None
+
+
+def _same_tensor(a: Tensor, b: Tensor) -> bool:
+    same_memory = a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+    return same_memory and a.dtype == b.dtype and a._version == b._version
+
+
+def lora_gradient(step: StepObservation) -> Tensor:
+    """``dB A + B dA - dB dA``: LoRAPrune's estimate of dL/d(BA), (out, in), as published (learning rate 1, no scaling)."""
+    return step.grad_B @ step.lora_A + step.lora_B @ step.grad_A - step.grad_B @ step.grad_A
+
+
+def minnorm_gradient(step: StepObservation) -> Tensor:
+    """The matrix of least norm that explains both gradients exactly, an estimate of dL/dW, (out, in).
+
+    ``(1/s) [dB (A A^T)^+ A + B (B^T B)^+ dA - B (B^T B)^+ (B^T dB) (A A^T)^+ A]``, from ``dB = s G A^T`` and
+    ``dA = s B^T G``. The terms with B vanish while B = 0.
+    """
+    A, B = step.lora_A.double(), step.lora_B.double()
+    grad_A, grad_B = step.grad_A.double(), step.grad_B.double()
+    onto_A = torch.linalg.pinv(A @ A.T, hermitian=True) @ A
+    from_B = B @ torch.linalg.pinv(B.T @ B, hermitian=True)
+    estimate = grad_B @ onto_A + from_B @ grad_A - from_B @ (B.T @ grad_B) @ onto_A
+    return (estimate / step.scaling).to(step.weight.dtype)
+
+
+def _sensitivity_rows(gradient: Tensor, step: StepObservation) -> Tensor:
+    """``J_i = sum_j ( G_ij ((BA)_ij + w_ij) )^2``, (out,)."""
+    return (gradient * (step.lora_B @ step.lora_A + step.weight)).square().sum(1)
+
+
+def _weight_gradient_rows(seen: TokenObservation) -> Tensor:
+    """``sum over samples of sum_j (dL/dw_ij)^2``, (out,): the gradient of each sample by itself, as FWSVD defines it."""
+    total = torch.zeros(seen.g.shape[-1], device=seen.g.device)
+    for x, g in zip(seen.x, seen.g, strict=True):
+        total += (g.T @ x).square().sum(1)
+    return total
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One sum kept for a layer.
+
+    Attributes:
+        shape: ``(out, in) -> shape`` of the sum.
+        per: what the sum runs over and is divided by: "token", "sample" or "step".
+        of: the summand over one observation (tokens and samples of a backward pass, or an optimizer step).
+    """
+
+    shape: Callable[[int, int], tuple[int, ...]]
+    per: str
+    of: Callable[..., Tensor]
+
+
+STATISTICS: dict[str, Statistic] = {
+    "input_gram": Statistic(lambda _, n: (n, n), "token", lambda seen: seen.shared.gram(seen.x)),
+    "input_abs": Statistic(lambda _, n: (n,), "token", lambda seen: seen.x.abs().sum((0, 1))),
+    "output_gram": Statistic(lambda m, _: (m, m), "token", lambda seen: seen.g.flatten(0, 1).T @ seen.g.flatten(0, 1)),
+    "output_square": Statistic(lambda m, _: (m,), "token", lambda seen: seen.g.square().sum((0, 1))),
+    "weight_gradient_rows": Statistic(lambda m, _: (m,), "sample", _weight_gradient_rows),
+    "lora_rows": Statistic(lambda m, _: (m,), "step", lambda step: _sensitivity_rows(lora_gradient(step), step)),
+    "minnorm_rows": Statistic(lambda m, _: (m,), "step", lambda step: _sensitivity_rows(minnorm_gradient(step), step)),
+}
+
+COUNTS = ("token", "sample", "step")
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """The sums of one layer and how much they saw, on the CPU.
+
+    Attributes:
+        sums: by name, float32.
+        counts: tokens, samples and steps observed.
+    """
+
+    sums: Mapping[str, Tensor]
+    counts: Mapping[str, int]
+
+    def mean(self, name: str) -> Tensor:
+        """The sum divided by what it ran over, float64."""
+        return self.sums[name].double() / self.counts[STATISTICS[name].per]
+
+
+class Observe(torch.autograd.Function):
+    """The identity on y that hands (x, dL/dy) to ``sink`` in the backward pass.
+
+    x is saved by autograd, so gradient checkpointing recomputes it instead of keeping it.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor, sink: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.sink = sink
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[None, Tensor, None]:
+        (x,) = ctx.saved_tensors
+        ctx.sink(x.detach(), grads[0].detach())
+        return None, grads[0], None
+
+
+def observe_tokens(x: Tensor, g: Tensor, shared: SharedGram) -> tuple[TokenObservation, dict[str, Tensor]]:
+    """Shape one backward pass for the statistics and count it. x: (..., in), g: (..., out).
+
+    The first dimension counts samples, the last features, all between tokens; a matrix (samples, features) has one
+    token a sample.
+    """
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        source = x
+        x = x.float().reshape(x.shape[0], -1, x.shape[-1])
+        g = g.float().reshape(g.shape[0], -1, g.shape[-1])
+        observed = (g != 0).any(-1)
+        shared.bind(source, observed)
+        counts = {"token": observed.sum(), "sample": observed.any(-1).sum()}
+        return TokenObservation(x.where(observed[..., None], 0.0), g, shared), counts

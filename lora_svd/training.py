@@ -1,0 +1,52 @@
+"""``LoraSVDCallback``: walks a Trainer run through the phases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .errors import LoraSVDError
+from .model import LoraSVDModel
+
+
+class LoraSVDCallback(TrainerCallback):
+    """Calls ``update_and_allocate`` before every optimizer step of a ``Trainer``. Nothing to configure.
+
+    At that point gradients are accumulated, averaged over processes, unscaled and clipped, and the weights are those
+    that the gradients belong to.
+    """
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        """Check before the first step that the schedule fits the run."""
+        tuner = find_tuner(model)
+        for adapter_name in tuner.active_adapters:
+            tuner.schedule(adapter_name, state.max_steps)
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        find_tuner(model).update_and_allocate(state.global_step, total_steps=state.max_steps)
+
+
+def find_tuner(model: nn.Module | None) -> LoraSVDModel:
+    """The tuner inside a (wrapped) PEFT model."""
+    for module in model.modules() if model is not None else ():
+        if isinstance(module, LoraSVDModel):
+            return module
+    raise LoraSVDError(
+        f"LoraSVDCallback: {type(model).__name__} has no LoraSVD adapter; make it with get_peft_model(model, LoraSVDConfig(...))"
+    )
