@@ -5,6 +5,7 @@ A rank of ``min(out, in)`` means "stored dense": it costs ``out * in`` numbers a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -34,7 +35,7 @@ class LayerShape:
 
 
 def stored_parameters(shape: LayerShape, rank: int, factor_format: str) -> int:
-    """Numbers stored for a kept rank k: ``k (m + n)``, pivoted ``k (m + n) - k^2``, ``m n`` when dense (bias excluded)."""
+    """Numbers stored for a kept rank k, bias excluded: ``k (m + n)``, pivoted ``k (m + n) - k^2``, dense ``m n``."""
     total = rank + shape.extra_rank
     if rank >= shape.full_rank or total >= shape.full_rank:
         return shape.parameters
@@ -90,11 +91,33 @@ def allocate_ranks(
     if least > budget:
         total = sum(shape.parameters for shape in shapes.values())
         raise LoraSVDError(
-            f"param_ratio: {param_ratio} allows {budget} parameters, but rank 1 in all {len(shapes)} targeted layers needs "
-            f"{least}; the smallest feasible param_ratio here is {least / total:.4f}. Raise param_ratio or target fewer layers"
+            f"param_ratio: {param_ratio} allows {budget} parameters, but rank 1 in all {len(shapes)} targeted layers is "
+            f"{least}. Raise param_ratio to at least {math.ceil(1e4 * least / total) / 1e4}, or target fewer layers"
         )
     chosen = ALLOCATIONS[allocation](options, shapes, param_ratio)
     return {name: options[name].ranks[index] for name, index in chosen.items()}
+
+
+def given_ranks(
+    given: Mapping[str, int], shapes: Mapping[str, LayerShape], param_ratio: float, factor_format: str
+) -> dict[str, int]:
+    """Ranks that the user chose, for the layers of ``shapes``.
+
+    Raises:
+        LoraSVDError: a layer has none, or they keep more than ``param_ratio``.
+    """
+    if missing := [name for name in shapes if name not in given]:
+        raise LoraSVDError(
+            f"compact_ranks: no rank for {missing[0]} ({len(missing)} of {len(shapes)} missing); name all"
+        )
+    ranks = {name: min(given[name], shape.full_rank) for name, shape in shapes.items()}
+    kept, total = kept_parameters(ranks, shapes, factor_format), sum(shape.parameters for shape in shapes.values())
+    if kept > budget_of(shapes, param_ratio):
+        raise LoraSVDError(
+            f"compact_ranks: these ranks keep {kept / total:.4f} of the targeted parameters, more than "
+            f"param_ratio={param_ratio}; lower the ranks or raise param_ratio"
+        )
+    return ranks
 
 
 @dataclass(frozen=True)
@@ -106,7 +129,7 @@ class _Options:
     errors: list[float]
 
     def best(self, price: float) -> int:
-        """Index of the least ``error + price * cost`` (the cheaper on a tie). The curves are not convex: look at all."""
+        """Index of the least ``error + price * cost``, the cheaper on a tie. The curves are not convex: look at all."""
         return min(range(len(self.ranks)), key=lambda i: (self.errors[i] + price * self.costs[i], self.costs[i]))
 
 

@@ -23,6 +23,8 @@ from .importance import IMPORTANCES
 from .linalg import Metrics, shrink
 from .statistics import LayerStatistics
 
+_LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
+
 
 @dataclass(frozen=True)
 class CompressionSettings:
@@ -64,15 +66,15 @@ def layer_metrics(name: str, layer: LayerInput, weight: Tensor, settings: Compre
     for statistic in importance.statistics:
         if statistic not in seen.sums or not any(seen.counts.values()):
             raise LoraSVDError(
-                f"{name}: nothing was observed for importance={settings.importance!r} ({statistic} is missing). Train at "
-                "least one step (loss.backward(), then update_and_allocate(step) or LoraSVDCallback) before compressing, "
-                "or use importance='none'"
+                f"{name}: nothing was observed for importance={settings.importance!r} ({statistic} is missing). Train "
+                "at least one step (loss.backward(), then update_and_allocate(step) or LoraSVDCallback) before "
+                "compressing, or use importance='none'"
             )
         num_bad = int((~torch.isfinite(seen.sums[statistic])).sum())
         if num_bad:
             raise NumericalError(
-                f"{name}: {statistic} has {num_bad} of {seen.sums[statistic].numel()} non-finite values; a batch gave a "
-                "non-finite loss or gradient. Lower the learning rate, or train in float32 or bfloat16"
+                f"{name}: {statistic} has {num_bad} of {seen.sums[statistic].numel()} non-finite values; a batch gave "
+                "a non-finite loss or gradient. Lower the learning rate, or train in float32 or bfloat16"
             )
     metrics = importance.metrics(seen, weight)
     return Metrics(
@@ -141,7 +143,7 @@ class _named:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (NumericalError, torch.linalg.LinAlgError)) and self._name not in str(error):
+        if isinstance(error, NumericalError | _LinAlgError) and self._name not in str(error):
             raise NumericalError(f"{self._name}: {error}") from error
 
 

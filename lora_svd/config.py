@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Optional, Union
+from typing import Any
 
 from peft.config import PeftConfig
 
@@ -16,7 +16,7 @@ from .peft_type import LORA_SVD
 COMPENSATIONS = ("absorb", "keep")
 
 
-def _field(default: object, help: str):  # noqa: A002 - the name HfArgumentParser reads
+def _field(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
@@ -46,7 +46,7 @@ class LoraSVDConfig(PeftConfig):
     compensation: str = _field(
         "absorb", "At merge the bypass is folded into the rank-k factors ('absorb') or stored as r more ranks ('keep')."
     )
-    compact_ranks: Optional[dict[str, int]] = _field(
+    compact_ranks: dict[str, int] | None = _field(
         None,
         "Rank by module name; min(out, in) = dense. Filled by the tuner when it compresses; given, it is used as is.",
     )
@@ -56,7 +56,7 @@ class LoraSVDConfig(PeftConfig):
     warmup: float = _field(0.4, "Full-size, observed part of the run: a fraction below 1, else steps.")
     compression: float = _field(0.0, "Part of the run over which the budget falls on a cubic; 0 = in one step.")
     compression_interval: int = _field(10, "Steps between two factorizations while the budget falls.")
-    total_steps: Optional[int] = _field(None, "Optimizer steps of the run, for hand-written loops. Trainer knows it.")
+    total_steps: int | None = _field(None, "Optimizer steps of the run, for hand-written loops. Trainer knows it.")
     rank_multiple: int = _field(8, "Kept ranks are multiples of this, which is what fast kernels want.")
     row_shrinkage: float = _field(1e-2, "Shrinkage of the row metric towards its mean, relative, in [0, 1].")
     column_shrinkage: float = _field(1e-5, "Shrinkage of the column metric towards its mean, relative, in [0, 1].")
@@ -64,28 +64,24 @@ class LoraSVDConfig(PeftConfig):
     r: int = _field(16, "Rank of the LoRA bypass.")
     lora_alpha: int = _field(16, "The bypass is scaled by lora_alpha / r.")
     lora_dropout: float = _field(0.0, "Dropout in front of the bypass.")
-    target_modules: Optional[Union[list[str], str]] = _field(
+    target_modules: list[str] | str | None = _field(
         "all-linear",
         "Names, or a regular expression, of the modules to compress; 'all-linear' = all but the output layer.",
     )
-    exclude_modules: Optional[Union[list[str], str]] = _field(
-        None, "Names, or a regular expression, of modules to leave alone."
-    )
-    rank_pattern: Optional[dict[str, int]] = _field(None, "r by module name or regular expression, instead of r.")
-    alpha_pattern: Optional[dict[str, int]] = _field(None, "lora_alpha by module name or regular expression.")
-    layers_to_transform: Optional[Union[list[int], int]] = _field(None, "Indices of the layers to transform.")
-    layers_pattern: Optional[Union[list[str], str]] = _field(
-        None, "Name of the layer list layers_to_transform indexes."
-    )
-    modules_to_save: Optional[list[str]] = _field(None, "Further modules to train and save, such as a task head.")
+    exclude_modules: list[str] | str | None = _field(None, "Names, or a regular expression, of modules to leave alone.")
+    rank_pattern: dict[str, int] | None = _field(None, "r by module name or regular expression, instead of r.")
+    alpha_pattern: dict[str, int] | None = _field(None, "lora_alpha by module name or regular expression.")
+    layers_to_transform: list[int] | int | None = _field(None, "Indices of the layers to transform.")
+    layers_pattern: list[str] | str | None = _field(None, "Name of the layer list layers_to_transform indexes.")
+    modules_to_save: list[str] | None = _field(None, "Further modules to train and save, such as a task head.")
     bias: str = _field("none", "Biases to train: 'none', 'all' or 'lora_svd_only'.")
     init_weights: bool = _field(True, "True: the bypass starts at zero (B = 0). False: B is random, for tests.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = LORA_SVD  # pyright: ignore[reportAttributeAccessIssue] - an enum of ours, see peft_type.py
+        self.peft_type = LORA_SVD
         if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # pyright: ignore[reportAttributeAccessIssue] - as in PEFT
+            self.target_modules = set(self.target_modules)  # pyright: ignore[reportAttributeAccessIssue] - as PEFT does
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # pyright: ignore[reportAttributeAccessIssue]
         self.rank_pattern = self.rank_pattern or {}
@@ -110,8 +106,8 @@ class LoraSVDConfig(PeftConfig):
     def _check_numbers(self) -> None:
         if not 0 < self.param_ratio <= 1:
             raise LoraSVDError(
-                f"param_ratio: got {self.param_ratio}, expected a number in (0, 1], the share of the targeted parameters "
-                "that is kept"
+                f"param_ratio: got {self.param_ratio}, expected a number in (0, 1], the share of the targeted "
+                "parameters that is kept"
             )
         for name, least in (("warmup", 0), ("compression", 0)):
             if getattr(self, name) < least:
@@ -129,11 +125,9 @@ class LoraSVDConfig(PeftConfig):
     def _check_layers(self) -> None:
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise LoraSVDError(
-                "`layers_to_transform` cannot be used when `target_modules` is a str: name the modules in a list"
+                "`layers_to_transform` cannot be used when `target_modules` is a str: name them in a list"
             )
         if isinstance(self.target_modules, str) and self.layers_pattern is not None:
-            raise LoraSVDError(
-                "`layers_pattern` cannot be used when `target_modules` is a str: name the modules in a list"
-            )
+            raise LoraSVDError("`layers_pattern` cannot be used when `target_modules` is a str: name them in a list")
         if self.layers_pattern and self.layers_to_transform is None:
             raise LoraSVDError("When `layers_pattern` is specified, `layers_to_transform` must also be specified")

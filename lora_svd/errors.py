@@ -2,7 +2,7 @@
 
 
 class LoraSVDError(ValueError):
-    """A setting, call or checkpoint that cannot be honoured. The message names the field or module, the value and the mend."""
+    """A setting, call or checkpoint that cannot be honoured: the field or module, the value and the mend."""
 
 
 class NumericalError(LoraSVDError):

@@ -45,7 +45,7 @@ def lora_minnorm(seen: LayerStatistics, weight: Tensor) -> Metrics:
 def lora_activation(seen: LayerStatistics, weight: Tensor) -> Metrics:
     """LoRA gradients for the rows, in units of loss, and ``X = E[x x^T]`` for the columns.
 
-    ``c_i = ( sum_j J_ij / sum_j w_ij^2 ) n / tr(X)``: dividing J by the energy of the weights and of the input leaves an
+    ``c_i = ( sum_j J_ij / sum_j w_ij^2 ) n / tr(X)``: dividing J by the energy of weights and input leaves an
     estimate of ``E[g_i^2]`` from LoRA gradients alone. Rows of zero weight have no sensitivity and get c_i = 0.
     """
     gram = seen.mean("input_gram")
@@ -63,7 +63,7 @@ def fisher(seen: LayerStatistics, weight: Tensor) -> Metrics:
 
 
 def activation_scale(seen: LayerStatistics, weight: Tensor) -> Metrics:
-    """ASVD (Yuan et al. 2023): columns scaled by ``mean(|x_j|)^alpha`` with alpha = 1/2, so the metric is ``mean |x_j|``."""
+    """ASVD (Yuan et al. 2023): columns scaled by ``mean(|x_j|)^(1/2)``, so the metric is ``mean |x_j|``."""
     return Metrics(column=seen.mean("input_abs"))
 
 

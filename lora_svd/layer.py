@@ -1,8 +1,9 @@
-"""``LoraSVDLinear``: a linear layer with a LoRA bypass, observed while it trains, and later with factors for its weight."""
+"""``LoraSVDLinear``: a linear layer with a LoRA bypass, observed while whole, later with factors for its weight."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,15 +18,8 @@ from .allocation import LayerShape
 from .decompositions import Factors
 from .errors import LoraSVDError, NumericalError
 from .importance import IMPORTANCES
-from .statistics import (
-    COUNTS,
-    STATISTICS,
-    LayerStatistics,
-    Observe,
-    SharedGram,
-    StepObservation,
-    observe_tokens,
-)
+from .peft_type import PREFIX
+from .statistics import COUNTS, STATISTICS, LayerStatistics, Observe, SharedGram, StepObservation, observe_tokens
 
 if TYPE_CHECKING:
     from .config import LoraSVDConfig
@@ -38,13 +32,12 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
 
     Per adapter: trainable A (r, in) and B (out, r); buffers for the statistics while the weight is whole, and for the
     factors left (out, k) and right (k, in) once it is not. All of it is saved with the adapter. With several active
-    adapters their changes of the output add up, where the change of a compressed one is ``left right x - W x + s B A x``.
+    adapters their changes of the output add up; that of a compressed one is ``left right x - W x + s B A x``.
     """
 
     adapter_layer_names = ("lora_svd_A", "lora_svd_B")
-    other_param_names = (
-        "r", "lora_alpha", "scaling", "lora_svd_dropout", *(f"lora_svd_{name}" for name in _STATE)
-    )  # fmt: skip
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_svd_dropout", *(PREFIX + name for name in _STATE))
+    base_layer: nn.Module
 
     def __init__(self, base_layer: nn.Module, shared: SharedGram, **kwargs: Any) -> None:
         super().__init__()
@@ -60,7 +53,7 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
         self.lora_svd_A = nn.ParameterDict()
         self.lora_svd_B = nn.ParameterDict()
         for name in _STATE:
-            setattr(self, f"lora_svd_{name}", BufferDict(persistent=True))
+            setattr(self, PREFIX + name, BufferDict(persistent=True))
         self._observed: dict[str, tuple[str, ...]] = {}
         self._shared = shared
         self._merged_changes: dict[str, Tensor] = {}
@@ -96,8 +89,8 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
             nn.init.kaiming_uniform_(self.lora_svd_B[adapter_name], a=math.sqrt(5))
         rank = (config.compact_ranks or {}).get(key)
         if config.compressed and rank is not None and rank < min(self.in_features, self.out_features):
-            self.lora_svd_left[adapter_name] = torch.zeros(self.out_features, rank)
-            self.lora_svd_right[adapter_name] = torch.zeros(rank, self.in_features)
+            zeros = Factors(torch.zeros(self.out_features, rank), torch.zeros(rank, self.in_features))
+            self.set_factors(adapter_name, zeros)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self.observe(adapter_name, config)
@@ -127,9 +120,8 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
 
     def factors(self, adapter_name: str) -> Factors | None:
         """The factors that stand for the weight, or None while it is whole or stays dense."""
-        if adapter_name not in self.lora_svd_left:
-            return None
-        return Factors(self.lora_svd_left[adapter_name], self.lora_svd_right[adapter_name])
+        left, right = self._state("left"), self._state("right")
+        return Factors(left[adapter_name], right[adapter_name]) if adapter_name in left else None
 
     def kept_rank(self, adapter_name: str) -> int:
         """Rank of the factors; ``min(out, in)`` where the weight is whole."""
@@ -138,15 +130,19 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
 
     def set_factors(self, adapter_name: str, factors: Factors | None) -> None:
         """Let factors stand for the weight from now on, in float32; None restores the whole weight."""
-        device = self.lora_svd_A[adapter_name].device
-        for name, tensor in (("left", factors and factors.left), ("right", factors and factors.right)):
-            buffers = getattr(self, f"lora_svd_{name}")
-            if tensor is not None:
-                buffers[adapter_name] = tensor.to(device, torch.float32).contiguous()
+        for name in ("left", "right"):
+            buffers = self._state(name)
+            if factors is not None:
+                tensor = getattr(factors, name)
+                buffers[adapter_name] = tensor.to(self.lora_svd_A[adapter_name].device, torch.float32).contiguous()
             elif adapter_name in buffers:
                 del buffers[adapter_name]
 
     # -- observation ---------------------------------------------------------------------------------------------------
+
+    def _state(self, name: str) -> MutableMapping[str, Tensor]:
+        """The saved tensors of that name, by adapter."""
+        return getattr(self, PREFIX + name)
 
     def observe(self, adapter_name: str, config: LoraSVDConfig) -> None:
         """Collect statistics for this adapter while it trains and its weight is whole; keep what there is otherwise."""
@@ -157,38 +153,34 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
     def reset_state(self, adapter_name: str) -> None:
         """Forget the statistics and factors of this adapter."""
         for name in _STATE:
-            if adapter_name in (buffers := getattr(self, f"lora_svd_{name}")):
-                del buffers[adapter_name]
+            if adapter_name in self._state(name):
+                del self._state(name)[adapter_name]
 
     def allocate_state(self, adapter_name: str, attribute: str, like: Tensor) -> None:
         """Make room for a saved statistic or factor; other attributes are passed over."""
-        if attribute.removeprefix("lora_svd_") in _STATE:
-            getattr(self, attribute)[adapter_name] = torch.empty_like(like, device=self.lora_svd_A[adapter_name].device)
+        name = attribute.removeprefix(PREFIX)
+        if name in _STATE:
+            self._state(name)[adapter_name] = torch.empty_like(like, device=self.lora_svd_A[adapter_name].device)
 
     def statistics(self, adapter_name: str) -> LayerStatistics:
         """What was observed for this adapter, on the CPU."""
-        sums = {
-            name: getattr(self, f"lora_svd_{name}")[adapter_name].cpu()
-            for name in STATISTICS
-            if adapter_name in getattr(self, f"lora_svd_{name}")
-        }
-        seen = (
-            self.lora_svd_counts[adapter_name].tolist() if adapter_name in self.lora_svd_counts else [0] * len(COUNTS)
-        )
+        sums = {n: self._state(n)[adapter_name].cpu() for n in STATISTICS if adapter_name in self._state(n)}
+        counts = self._state("counts")
+        seen = counts[adapter_name].tolist() if adapter_name in counts else [0] * len(COUNTS)
         return LayerStatistics(sums, dict(zip(COUNTS, seen, strict=True)))
 
     def observe_step(self, adapter_name: str) -> None:
         """Add the gradients that the optimizer is about to use to the statistics of this adapter."""
-        names = [name for name in self._observed.get(adapter_name, ()) if STATISTICS[name].per == "step"]
         A, B = self.lora_svd_A[adapter_name], self.lora_svd_B[adapter_name]
-        if A.grad is None or B.grad is None:
+        if adapter_name not in self._observed or A.grad is None or B.grad is None:
             return
+        names = [name for name in self._observed[adapter_name] if STATISTICS[name].per == "step"]
         if names:
             tensors = (t.detach().float() for t in (self.dense_weight(), A, B, A.grad, B.grad))
             step = StepObservation(*tensors, scaling=self.scaling[adapter_name])
             for name in names:
                 self._accumulate(adapter_name, name, STATISTICS[name].of(step))
-        self._count(adapter_name, "step", torch.ones((), dtype=torch.int64))
+        self._count(adapter_name, "step", 1)
 
     def _observe_tokens(self, x: Tensor, g: Tensor) -> None:
         seen, counts = observe_tokens(x, g, self._shared)
@@ -202,17 +194,18 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
                 self._count(adapter_name, unit, count)
 
     def _accumulate(self, adapter_name: str, name: str, value: Tensor) -> None:
-        buffers = getattr(self, f"lora_svd_{name}")
+        buffers = self._state(name)
         if adapter_name not in buffers:
             shape = STATISTICS[name].shape(self.out_features, self.in_features)
             buffers[adapter_name] = torch.zeros(shape, dtype=torch.float32, device=value.device)
         buffers[adapter_name] += value
 
-    def _count(self, adapter_name: str, unit: str, count: Tensor) -> None:
-        if adapter_name not in self.lora_svd_counts:
+    def _count(self, adapter_name: str, unit: str, count: Tensor | int) -> None:
+        counts = self._state("counts")
+        if adapter_name not in counts:
             device = self.lora_svd_A[adapter_name].device
-            self.lora_svd_counts[adapter_name] = torch.zeros(len(COUNTS), dtype=torch.int64, device=device)
-        self.lora_svd_counts[adapter_name][COUNTS.index(unit)] += count
+            counts[adapter_name] = torch.zeros(len(COUNTS), dtype=torch.int64, device=device)
+        counts[adapter_name][COUNTS.index(unit)] += count
 
     # -- merge ---------------------------------------------------------------------------------------------------------
 
@@ -230,10 +223,9 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
             if adapter_name not in self.lora_svd_A:
                 continue
             weight = self.get_base_weight()
-            # A change is relative to the unmerged weight, and cannot be recomputed from the merged one to take it back.
-            change = self.get_delta_weight(adapter_name) + sum(self._merged_changes.values()) * self._replaces(
-                adapter_name
-            )
+            change = self.get_delta_weight(adapter_name)
+            if self.factors(adapter_name) is not None:  # it was measured against the weight as earlier merges moved it
+                change = change + sum(self._merged_changes.values())
             merged = (weight.to(change.dtype) + change).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise NumericalError(
@@ -242,10 +234,6 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
             self.set_base_weight(merged)
             self._merged_changes[adapter_name] = change
             self.merged_adapters.append(adapter_name)
-
-    def _replaces(self, adapter_name: str) -> int:
-        """1 if the change is measured against the base weight as it is now, which earlier merges have moved."""
-        return int(adapter_name in self.lora_svd_left)
 
     def unmerge(self) -> None:
         """Take back every merged change."""
@@ -282,7 +270,8 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
             hidden = self.lora_svd_dropout[adapter_name](self._cast_input_dtype(x, A.dtype))
             result = result + F.linear(F.linear(hidden, A), B) * self.scaling[adapter_name]
         result = result.to(dtype)
-        if self._observed and result.requires_grad and any(name in self._observed for name in adapters):
+        watched = {name for adapter in adapters for name in self._observed.get(adapter, ())}
+        if result.requires_grad and any(STATISTICS[name].per != "step" for name in watched):
             result = Observe.apply(x, result, self._observe_tokens)
         return result
 
@@ -291,7 +280,7 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
         compressed = [factors for name in adapters if (factors := self.factors(name)) is not None]
         if len(compressed) == 1:  # the usual case: the base weight is not needed at all
             bias = self.get_base_layer().bias
-            return _low_rank_linear(x, compressed[0], None if bias is None else bias.to(x.dtype))
+            return _low_rank_linear(x, compressed[0], bias.to(x.dtype) if isinstance(bias, Tensor) else None)
         result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
@@ -304,7 +293,7 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter is a plain LoRA, that is, not yet compressed."""
-        return adapter_name not in self.lora_svd_left
+        return self.factors(adapter_name) is None
 
     def __repr__(self) -> str:
         return "lora_svd." + super().__repr__()

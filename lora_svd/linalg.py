@@ -1,7 +1,7 @@
 """Matrix functions behind the weighted factorizations. Pure: float64 in, float64 out, named failures.
 
-A *metric* is a symmetric positive semi-definite weight on the rows or columns of a matrix. It is stored as ``None``
-(the identity), a vector (its diagonal) or a square matrix.
+A *metric* is a symmetric positive semi-definite weight on the rows or columns of a matrix, stored as ``None`` (the
+identity), a vector (its diagonal) or a square matrix.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .errors import NumericalError
 
-# Negative eigenvalues of a Gram matrix that was accumulated in float32 are rounding. Beyond this share of the largest
-# eigenvalue they are not (statistics accumulated in half precision reach 1e-3), and no root of the matrix means anything.
+# Negative eigenvalues of a Gram matrix accumulated in float32 are rounding. Beyond this share of the largest one they
+# are not (statistics accumulated in half precision reach 1e-3), and no root of the matrix means anything.
 INDEFINITE_TOLERANCE = 1e-4
 
 
@@ -46,7 +46,7 @@ def shrink(metric: Tensor | None, amount: float) -> Tensor | None:
     """
     if metric is None:
         return None
-    metric = metric.double()
+    metric = metric.to(torch.float64)
     num_bad = int((~torch.isfinite(metric)).sum())
     if num_bad:
         raise NumericalError(f"metric has {num_bad} of {metric.numel()} non-finite values, expected none")
@@ -79,8 +79,8 @@ def metric_root(metric: Tensor | None) -> Tensor | None:
     largest = float(values[-1])
     if largest <= 0 or float(values[0]) < -INDEFINITE_TOLERANCE * largest:
         raise NumericalError(
-            f"metric is indefinite: smallest eigenvalue {float(values[0]):.3g}, largest {largest:.3g}; expected at least "
-            f"{-INDEFINITE_TOLERANCE:g} times the largest. Accumulate statistics in float32 or raise the shrinkage"
+            f"indefinite metric: eigenvalues from {float(values[0]):.3g} to {largest:.3g}, expected none below "
+            f"{-INDEFINITE_TOLERANCE:g} of the largest. Accumulate statistics in float32 or raise the shrinkage"
         )
     return vectors * values.clamp_min(1e-12 * largest).sqrt()
 

@@ -17,7 +17,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .allocation import LayerShape, budget_of, kept_parameters
+from .allocation import LayerShape, budget_of, given_ranks, kept_parameters
 from .compact import LoraSVDCompactConfig, LowRankLinear, compact_module, describe_compact
 from .compression import CompressionSettings, LayerInput, absorb, choose_ranks, compute_spectra, factorize
 from .config import LoraSVDConfig
@@ -56,20 +56,23 @@ class LoraSVDModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        r = peft_config.rank_pattern.get(get_pattern_key(peft_config.rank_pattern, current_key))
-        alpha = peft_config.alpha_pattern.get(get_pattern_key(peft_config.alpha_pattern, current_key))
+        r, alpha = (
+            pattern.get(get_pattern_key(list(pattern), current_key))
+            for pattern in (peft_config.rank_pattern or {}, peft_config.alpha_pattern or {})
+        )
         if isinstance(target, LoraSVDLinear):
             target.update_layer(adapter_name, peft_config, key=current_key, r=r, lora_alpha=alpha)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not (isinstance(base, (nn.Linear, Conv1D)) or _is_quantized_linear(base)):
             raise TypeError(
-                f"target_modules: {current_key} is {type(base).__name__}, which is not supported; expected torch.nn.Linear, "
-                "transformers Conv1D or a quantized linear layer. Name other modules, or leave this one out with exclude_modules"
+                f"target_modules: {current_key} is {type(base).__name__}, which is not supported; expected "
+                "torch.nn.Linear, transformers Conv1D or a quantized linear layer. Name other modules, or leave this "
+                "one out with exclude_modules"
             )
         if hasattr(base, "support_avx512bf16_for_cpu"):
             # bitsandbytes on a CPU repacks 4-bit weights in an evaluation pass; dequantization is wrong from then on.
-            base.support_avx512bf16_for_cpu = False
+            setattr(base, "support_avx512bf16_for_cpu", False)  # noqa: B010 - for the type checker
         new = LoraSVDLinear(target, self._shared_gram, **get_quantization_kwargs(self))
         new.update_layer(adapter_name, peft_config, key=current_key, r=r, lora_alpha=alpha)
         if adapter_name not in self.active_adapters:
@@ -144,7 +147,8 @@ class LoraSVDModel(BaseTuner):
         if param_ratio == 1:
             ranks = {name: layer.shape.full_rank for name, layer in inputs.items()}
         elif config.compact_ranks and not config.compressed:
-            ranks = _given_ranks(config, inputs)
+            shapes = {name: layer.shape for name, layer in inputs.items()}
+            ranks = given_ranks(config.compact_ranks, shapes, config.param_ratio, config.factor_format)
         else:
             ranks = choose_ranks(inputs, compute_spectra(inputs, settings), param_ratio, settings)
         factors = dict(factorize(inputs, ranks, settings))
@@ -215,8 +219,8 @@ class LoraSVDModel(BaseTuner):
         if not self._reached_target(config, inputs):
             if config.compressed or any(layer.statistics(adapter_name).counts["step"] for layer in layers.values()):
                 warnings.warn(
-                    f"training ended before the schedule did: compressing to param_ratio={config.param_ratio} now, without "
-                    "recovery. Train longer, or lower warmup and compression",
+                    f"training ended before the schedule did: compressing to param_ratio={config.param_ratio} now, "
+                    "without recovery. Train longer, or lower warmup and compression",
                     stacklevel=3,
                 )
             self._compress(adapter_name, config.param_ratio)
@@ -243,7 +247,7 @@ class LoraSVDModel(BaseTuner):
         if factors is None:
             result: Factors | Tensor = given.weight() + bypass.double()
         elif given.shape.extra_rank:
-            result = _stack(factors, *layer.bypass_factors(adapter_name))
+            result = factors.stacked(Factors(*layer.bypass_factors(adapter_name)))
             if result.rank >= given.shape.full_rank:
                 result = result.product()
         else:
@@ -290,7 +294,7 @@ class LoraSVDModel(BaseTuner):
 
     def _config(self, adapter_name: str) -> LoraSVDConfig:
         config = self.peft_config[adapter_name]
-        assert isinstance(config, LoraSVDConfig)  # noqa: S101 - for the type checker
+        assert isinstance(config, LoraSVDConfig)
         return config
 
     def _single_adapter(self, adapter_names: list[str] | None) -> str:
@@ -311,31 +315,8 @@ def _is_quantized_linear(module: nn.Module) -> bool:
     return backend is not None and backend.layer_type == "linear" and backend.supports_merge
 
 
-def _given_ranks(config: LoraSVDConfig, layers: Mapping[str, LayerInput]) -> dict[str, int]:
-    """``config.compact_ranks``, checked against the layers and the budget."""
-    given = config.compact_ranks or {}
-    if missing := [name for name in layers if name not in given]:
-        raise LoraSVDError(
-            f"compact_ranks: no rank for {missing[0]} and {len(missing) - 1} further targeted modules; name all"
-        )
-    shapes = {name: layer.shape for name, layer in layers.items()}
-    ranks = {name: min(given[name], shape.full_rank) for name, shape in shapes.items()}
-    kept, total = kept_parameters(ranks, shapes, config.factor_format), sum(s.parameters for s in shapes.values())
-    if kept > budget_of(shapes, config.param_ratio):
-        raise LoraSVDError(
-            f"compact_ranks: these ranks keep {kept / total:.4f} of the targeted parameters, more than "
-            f"param_ratio={config.param_ratio}; lower the ranks or raise param_ratio"
-        )
-    return ranks
-
-
-def _stack(factors: Factors, bypass_left: Tensor, bypass_right: Tensor) -> Factors:
-    """``left right + bypass_left bypass_right`` as factors of the summed rank."""
-    return Factors(torch.cat([factors.left, bypass_left], dim=1), torch.cat([factors.right, bypass_right], dim=0))
-
-
 def _check_gradients(layers: Mapping[str, LoraSVDLinear], adapter_name: str, global_step: int) -> None:
-    """Raise if a gradient of the bypass is not finite, before it reaches the statistics; one transfer for all layers."""
+    """Raise if a gradient of the bypass is not finite, before it is used; one transfer for all layers."""
     sums = {
         name: gradient.float().sum()
         for name, layer in layers.items()
@@ -351,6 +332,6 @@ def _check_gradients(layers: Mapping[str, LoraSVDLinear], adapter_name: str, glo
     if not bool(finite.all()):
         name = next(name for name, ok in zip(sums, finite.tolist(), strict=True) if not ok)
         raise NumericalError(
-            f"{name}: the gradient of the LoRA bypass is not finite at step {global_step}; a batch gave a non-finite loss. "
-            "Lower the learning rate, look at the data, or train in float32 or bfloat16"
+            f"{name}: the gradient of the LoRA bypass is not finite at step {global_step}; a batch gave a non-finite "
+            "loss. Lower the learning rate, look at the data, or train in float32 or bfloat16"
         )

@@ -8,7 +8,7 @@ this package, which registers the tuner when it is unpickled.
 import enum
 
 
-class LoraSVDPeftType(str, enum.Enum):
+class LoraSVDPeftType(enum.StrEnum):
     """The single member, ``LORA_SVD``."""
 
     LORA_SVD = "LORA_SVD"

@@ -1,5 +1,7 @@
 """Makes PEFT and transformers know this package. The only contact with their private names."""
 
+from typing import Any
+
 from peft import mapping
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
@@ -16,15 +18,16 @@ def register() -> None:
     Raises:
         LoraSVDError: another package has taken the name.
     """
-    for table, key, value in (
+    entries: Any = (
         # The tables are changed in place, since PEFT's modules imported them by reference.
         (mapping.PEFT_TYPE_TO_CONFIG_MAPPING, LORA_SVD, LoraSVDConfig),
         (mapping.PEFT_TYPE_TO_TUNER_MAPPING, LORA_SVD, LoraSVDModel),
         (mapping.PEFT_TYPE_TO_PREFIX_MAPPING, LORA_SVD, PREFIX),
         (AUTO_QUANTIZATION_CONFIG_MAPPING, "lora_svd", LoraSVDCompactConfig),
         (AUTO_QUANTIZER_MAPPING, "lora_svd", LoraSVDCompactQuantizer),
-    ):
-        if table.setdefault(key, value) is not value:  # pyright: ignore[reportArgumentType, reportCallIssue]
+    )
+    for table, key, value in entries:
+        if table.setdefault(key, value) is not value:
             raise LoraSVDError(
                 f"{key}: {table[key]} has registered this name before; import only one of the two packages"
             )

@@ -54,15 +54,15 @@ def build_schedule(
     """
     if total_steps is None or total_steps < 1:
         raise LoraSVDError(
-            f"total_steps: got {total_steps}, expected the number of optimizer steps of the run. Set it in LoraSVDConfig, "
-            "pass update_and_allocate(step, total_steps=...), or train with Trainer and LoraSVDCallback"
+            f"total_steps: got {total_steps}, expected the number of optimizer steps of the run. Set it in "
+            "LoraSVDConfig, pass update_and_allocate(step, total_steps=...), or train with Trainer and LoraSVDCallback"
         )
     warmup_steps = max(1, _steps(warmup, total_steps))
     compression_steps = _steps(compression, total_steps)
     if warmup_steps + compression_steps > total_steps:
         raise LoraSVDError(
-            f"warmup and compression: {warmup} and {compression} are {warmup_steps} + {compression_steps} steps, but the run "
-            f"has only {total_steps}. Lower them, or train longer"
+            f"warmup and compression: {warmup} and {compression} are {warmup_steps} + {compression_steps} steps, but "
+            f"the run has only {total_steps}. Lower them, or train longer"
         )
     return Schedule(warmup_steps, warmup_steps + compression_steps, total_steps, param_ratio, interval)
 

@@ -49,8 +49,7 @@ class SharedGram:
     """The Gram matrix of the input last seen, kept until another input comes."""
 
     def __init__(self) -> None:
-        self._source: Tensor | None = None
-        self._mask: Tensor | None = None
+        self._last: tuple[Tensor, Tensor] | None = None
         self._gram: Tensor | None = None
 
     def bind(self, source: Tensor, mask: Tensor) -> None:
@@ -58,10 +57,8 @@ class SharedGram:
 
         The tensor is held, so that its memory cannot be reused for another input meanwhile.
         """
-        if self._source is not None and self._mask is not None and _same_tensor(self._source, source):
-            if torch.equal(self._mask, mask):
-                return
-        self._source, self._mask, self._gram = source, mask, None
+        if self._last is None or not _same_tensor(self._last[0], source) or not torch.equal(self._last[1], mask):
+            self._last, self._gram = (source, mask), None
 
     def gram(self, x: Tensor) -> Tensor:
         """sum over tokens of ``x x^T``, (in, in)."""
@@ -72,7 +69,7 @@ class SharedGram:
 
     def clear(self) -> None:
         """Forget the input: the optimizer step is over."""
-        self._source = self._mask = self._gram = None
+        self._last = self._gram = None
 
 
 def _same_tensor(a: Tensor, b: Tensor) -> bool:
@@ -81,7 +78,7 @@ def _same_tensor(a: Tensor, b: Tensor) -> bool:
 
 
 def lora_gradient(step: StepObservation) -> Tensor:
-    """``dB A + B dA - dB dA``: LoRAPrune's estimate of dL/d(BA), (out, in), as published (learning rate 1, no scaling)."""
+    """``dB A + B dA - dB dA``, (out, in): LoRAPrune's estimate of dL/d(BA), as published (no scaling)."""
     return step.grad_B @ step.lora_A + step.lora_B @ step.grad_A - step.grad_B @ step.grad_A
 
 
@@ -105,7 +102,7 @@ def _sensitivity_rows(gradient: Tensor, step: StepObservation) -> Tensor:
 
 
 def _weight_gradient_rows(seen: TokenObservation) -> Tensor:
-    """``sum over samples of sum_j (dL/dw_ij)^2``, (out,): the gradient of each sample by itself, as FWSVD defines it."""
+    """``sum over samples of sum_j (dL/dw_ij)^2``, (out,): gradients of single samples, as FWSVD defines it."""
     total = torch.zeros(seen.g.shape[-1], device=seen.g.device)
     for x, g in zip(seen.x, seen.g, strict=True):
         total += (g.T @ x).square().sum(1)

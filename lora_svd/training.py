@@ -48,5 +48,6 @@ def find_tuner(model: nn.Module | None) -> LoraSVDModel:
         if isinstance(module, LoraSVDModel):
             return module
     raise LoraSVDError(
-        f"LoraSVDCallback: {type(model).__name__} has no LoraSVD adapter; make it with get_peft_model(model, LoraSVDConfig(...))"
+        f"LoraSVDCallback: {type(model).__name__} has no LoraSVD adapter; make it with "
+        "get_peft_model(model, LoraSVDConfig(...))"
     )

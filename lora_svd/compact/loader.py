@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..allocation import FACTOR_FORMATS
@@ -49,8 +49,8 @@ class LoraSVDCompactConfig(QuantizationConfigMixin):
     ) -> None:
         if format_version != FORMAT_VERSION:
             raise LoraSVDError(
-                f"format_version: this compact checkpoint has {format_version!r}, this lora_svd reads {FORMAT_VERSION}. "
-                "Upgrade lora_svd"
+                f"format_version: this compact checkpoint has {format_version!r}, this package reads {FORMAT_VERSION}; "
+                "upgrade lora_svd"
             )
         if factor_format not in FACTOR_FORMATS:
             raise LoraSVDError(
@@ -77,7 +77,7 @@ class LoraSVDCompactQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         # Nothing is quantized: without the marks, casting, training and PEFT treat the model like any other.
-        model.is_quantized = False
+        setattr(model, "is_quantized", False)  # noqa: B010 - for the type checker
         for attribute in ("hf_quantizer", "quantization_method"):
             if hasattr(model, attribute):
                 delattr(model, attribute)
@@ -105,8 +105,8 @@ def _find(model: PreTrainedModel, name: str) -> tuple[str, nn.Module]:
     if "." not in name or not name.startswith(prefix):  # a head that this class of model does not have
         return name, nn.Identity()
     raise LoraSVDError(
-        f"{name}: named in this compact checkpoint's ranks, but {type(model).__name__} has no such module. Load it with the "
-        "class it was saved from"
+        f"{name}: named in this compact checkpoint's ranks, but {type(model).__name__} has no such module. Load it "
+        "with the class it was saved from"
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -17,10 +16,14 @@ class LowRankLinear(nn.Module):
     ``factor_format="pivoted"``: right holds k rows of the weight, left the coefficients of the other rows,
     Linear(k, out - k), and ``order`` (out,) says where each output is found; ``k (in + out) - k^2`` parameters.
 
-    Both are exact ``nn.Linear``, so that quantizers and LoRA find them. ``weight`` is one number and no weight: its shape
-    contradicts the dense layer's, so that a loader that does not know this class fails instead of keeping the random
-    weights it made.
+    Both are exact ``nn.Linear``, so that quantizers and LoRA find them. ``weight`` is one number and no weight: its
+    shape contradicts the dense layer's, so that a loader that does not know this class fails instead of keeping the
+    random weights it made.
     """
+
+    bias: nn.Parameter | None
+    order: Tensor
+    weight: Tensor
 
     def __init__(
         self,
@@ -38,10 +41,11 @@ class LowRankLinear(nn.Module):
         self.right = nn.Linear(in_features, rank, bias=False, dtype=dtype)
         if factor_format == "pivoted":
             self.left = nn.Linear(rank, out_features - rank, bias=False, dtype=dtype)
-            self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype)) if bias else None
+            self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, dtype=dtype)) if bias else None)
             self.register_buffer("order", torch.arange(out_features, dtype=torch.int32))
         else:
             self.left = nn.Linear(rank, out_features, bias=bias, dtype=dtype)
+            self.register_parameter("bias", None)
         self.register_buffer("weight", torch.zeros(1, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,8 +103,7 @@ def compact_module(result: Factors | Tensor, base: nn.Module, dense: Tensor, fac
             module.right.weight.copy_(balanced.right)
             module.left.weight.copy_(balanced.left)
         if bias is not None:
-            target = module.bias if factor_format == "pivoted" else module.left.bias
-            target.copy_(bias)
+            (module.left.bias if module.bias is None else module.bias).copy_(bias)
     return module
 
 

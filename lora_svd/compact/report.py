@@ -1,4 +1,4 @@
-"""How large a model is: parameters and bytes, dense and compact. The only place where a ratio of a model is computed."""
+"""How large a model is: parameters and bytes, dense and compact. The only place where its ratios are computed."""
 
 from __future__ import annotations
 

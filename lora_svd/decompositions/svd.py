@@ -21,6 +21,10 @@ class Factors:
     def rank(self) -> int:
         return self.right.shape[0]
 
+    def stacked(self, other: Factors) -> Factors:
+        """The sum of both products, as factors of the summed rank."""
+        return Factors(torch.cat([self.left, other.left], dim=1), torch.cat([self.right, other.right], dim=0))
+
     def product(self) -> Tensor:
         """The dense weight (out, in)."""
         return self.left @ self.right
