@@ -91,8 +91,8 @@ def allocate_ranks(
     if least > budget:
         total = sum(shape.parameters for shape in shapes.values())
         raise LoraSVDError(
-            f"param_ratio: {param_ratio} allows {budget} parameters, but rank 1 in all {len(shapes)} targeted layers is "
-            f"{least}. Raise param_ratio to at least {math.ceil(1e4 * least / total) / 1e4}, or target fewer layers"
+            f"param_ratio: {param_ratio} allows {budget} parameters, rank 1 in all {len(shapes)} targeted layers takes"
+            f" {least}. Raise param_ratio to at least {math.ceil(1e4 * least / total) / 1e4}, or target fewer layers"
         )
     chosen = ALLOCATIONS[allocation](options, shapes, param_ratio)
     return {name: options[name].ranks[index] for name, index in chosen.items()}
@@ -166,21 +166,26 @@ def _global(options: dict[str, _Options], shapes: Mapping[str, LayerShape], para
 
 
 def _spend(options: dict[str, _Options], chosen: dict[str, int], budget: int) -> dict[str, int]:
-    """Raise one layer at a time to its next option, the largest gain per parameter first, while it fits."""
+    """Raise one layer at a time, the largest gain per parameter first, while it fits.
+
+    Every larger rank is a candidate, not only the next: a flat spectrum gains little until the layer is dense.
+    """
     chosen = dict(chosen)
     left = budget - sum(options[name].costs[index] for name, index in chosen.items())
     while True:
         steps = []
         for name, index in chosen.items():
             option = options[name]
-            if index + 1 < len(option.ranks) and option.costs[index + 1] - option.costs[index] <= left:
-                price = max(option.costs[index + 1] - option.costs[index], 1)
-                steps.append(((option.errors[index] - option.errors[index + 1]) / price, name))
+            for larger in range(index + 1, len(option.ranks)):
+                price = option.costs[larger] - option.costs[index]
+                if price > left:
+                    break
+                steps.append(((option.errors[index] - option.errors[larger]) / price, name, larger))
         if not steps:
             return chosen
-        name = max(steps)[1]
-        left -= options[name].costs[chosen[name] + 1] - options[name].costs[chosen[name]]
-        chosen[name] += 1
+        _, name, larger = max(steps)
+        left -= options[name].costs[larger] - options[name].costs[chosen[name]]
+        chosen[name] = larger
 
 
 def _uniform(options: dict[str, _Options], shapes: Mapping[str, LayerShape], param_ratio: float) -> dict[str, int]:

@@ -121,17 +121,12 @@ def factorize(
             yield name, decomposition.factorize(weight, layer_metrics(name, layer, weight, settings), ranks[name])
 
 
-def absorb(name: str, layer: LayerInput, factors: Factors, bypass: Tensor, settings: CompressionSettings) -> Factors:
-    """The rank-k truncation of ``left @ right + s B A`` in the layer's metrics: the bypass at no parameters.
-
-    Args:
-        factors: left (out, k), right (k, in).
-        bypass: s B A, (out, in).
-    """
+def absorb(name: str, layer: LayerInput, factors: Factors, bypass: Factors, settings: CompressionSettings) -> Factors:
+    """The truncation of ``left @ right + s B A`` to the rank of ``left``, in the layer's metrics: the bypass at no
+    parameters."""
     with _named(name):
         metrics = layer_metrics(name, layer, layer.weight(), settings)
-        compensated = factors.product().double() + bypass.double()
-        return DECOMPOSITIONS[settings.decomposition].factorize(compensated, metrics, factors.rank)
+        return DECOMPOSITIONS[settings.decomposition].truncate(factors.stacked(bypass), metrics, factors.rank)
 
 
 class _named:

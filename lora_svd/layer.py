@@ -56,7 +56,7 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
             setattr(self, PREFIX + name, BufferDict(persistent=True))
         self._observed: dict[str, tuple[str, ...]] = {}
         self._shared = shared
-        self._merged_changes: dict[str, Tensor] = {}
+        self._unmerged: Tensor | None = None
         self._disable_adapters = False
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
@@ -87,11 +87,11 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
             nn.init.zeros_(self.lora_svd_B[adapter_name])
         else:
             nn.init.kaiming_uniform_(self.lora_svd_B[adapter_name], a=math.sqrt(5))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
         rank = (config.compact_ranks or {}).get(key)
         if config.compressed and rank is not None and rank < min(self.in_features, self.out_features):
             zeros = Factors(torch.zeros(self.out_features, rank), torch.zeros(rank, self.in_features))
             self.set_factors(adapter_name, zeros)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self.observe(adapter_name, config)
 
@@ -104,19 +104,14 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
         return LayerShape(self.out_features, self.in_features, self.r[adapter_name] if keep else 0)
 
     def dense_weight(self) -> Tensor:
-        """The frozen weight, (out, in), dequantized if need be."""
-        weight = self.get_base_weight()
+        """The frozen weight, (out, in), dequantized if need be; the one before any merge."""
+        weight = self.get_base_weight() if self._unmerged is None else self._unmerged
         return weight.T if self.fan_in_fan_out else weight
 
-    def bypass(self, adapter_name: str) -> Tensor:
-        """s B A, (out, in), float32."""
-        left, right = self.bypass_factors(adapter_name)
-        return left @ right
-
-    def bypass_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """s B (out, r) and A (r, in)."""
+    def bypass_factors(self, adapter_name: str) -> Factors:
+        """s B (out, r) and A (r, in), float32."""
         B, A = self.lora_svd_B[adapter_name].detach(), self.lora_svd_A[adapter_name].detach()
-        return self.scaling[adapter_name] * B.float(), A.float()
+        return Factors(self.scaling[adapter_name] * B.float(), A.float())
 
     def factors(self, adapter_name: str) -> Factors | None:
         """The factors that stand for the weight, or None while it is whole or stays dense."""
@@ -130,11 +125,13 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
 
     def set_factors(self, adapter_name: str, factors: Factors | None) -> None:
         """Let factors stand for the weight from now on, in float32; None restores the whole weight."""
+        # With low_cpu_mem_usage A is empty at first, on the meta device, from which PEFT cannot move buffers.
+        A = self.lora_svd_A[adapter_name]
+        device = torch.device("cpu") if A.is_meta else A.device
         for name in ("left", "right"):
             buffers = self._state(name)
             if factors is not None:
-                tensor = getattr(factors, name)
-                buffers[adapter_name] = tensor.to(self.lora_svd_A[adapter_name].device, torch.float32).contiguous()
+                buffers[adapter_name] = getattr(factors, name).to(device, torch.float32).contiguous()
             elif adapter_name in buffers:
                 del buffers[adapter_name]
 
@@ -211,7 +208,7 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """What the adapter changes in the weight, oriented like the base weight: ``s B A (+ left right - W)``."""
-        change = self.bypass(adapter_name)
+        change = self.bypass_factors(adapter_name).product()
         factors = self.factors(adapter_name)
         if factors is not None:
             change = change + factors.product() - self.dense_weight().to(change.dtype)
@@ -224,24 +221,22 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
                 continue
             weight = self.get_base_weight()
             change = self.get_delta_weight(adapter_name)
-            if self.factors(adapter_name) is not None:  # it was measured against the weight as earlier merges moved it
-                change = change + sum(self._merged_changes.values())
             merged = (weight.to(change.dtype) + change).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise NumericalError(
                     f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
                 )
+            if self._unmerged is None:
+                self._unmerged = weight.detach().clone()
             self.set_base_weight(merged)
-            self._merged_changes[adapter_name] = change
             self.merged_adapters.append(adapter_name)
 
     def unmerge(self) -> None:
-        """Take back every merged change."""
-        while self.merged_adapters:
-            change = self._merged_changes.pop(self.merged_adapters.pop(), None)
-            if change is not None:
-                weight = self.get_base_weight()
-                self.set_base_weight((weight.to(change.dtype) - change).to(weight.dtype))
+        """Take back every merged change: the weight is what it was, to the bit."""
+        self.merged_adapters.clear()
+        if self._unmerged is not None:
+            self.set_base_weight(self._unmerged.to(self.get_base_weight()))
+            self._unmerged = None
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .allocation import LayerShape, budget_of, given_ranks, kept_parameters
-from .compact import LoraSVDCompactConfig, LowRankLinear, compact_module, describe_compact
+from .compact import LoraSVDCompactConfig, LowRankLinear, compact_module, describe_compact, untie
 from .compression import CompressionSettings, LayerInput, absorb, choose_ranks, compute_spectra, factorize
 from .config import LoraSVDConfig
 from .decompositions import Factors
@@ -45,6 +45,7 @@ class LoraSVDModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: LoraSVDConfig, adapter_name: str) -> None:
         if not hasattr(self, "_shared_gram"):
             self._shared_gram = SharedGram()
+            self._given_ranks: dict[str, dict[str, int] | None] = {}  # compact_ranks that the user chose, by adapter
 
     def _create_and_replace(
         self,
@@ -132,23 +133,26 @@ class LoraSVDModel(BaseTuner):
         name = adapter_name or self._single_adapter(None)
         if not 0 < param_ratio <= 1:
             raise LoraSVDError(f"param_ratio: got {param_ratio}, expected a number in (0, 1]")
-        config, before = self._config(name), self._config(name).param_ratio
-        config.param_ratio, ranks, config.compact_ranks = param_ratio, config.compact_ranks, None
+        config, given = self._config(name), self._given_ranks.pop(name, None)
+        before, ranks = config.param_ratio, config.compact_ranks
+        config.param_ratio, config.compact_ranks = param_ratio, None
         try:
             self._compress(name, param_ratio)
         except LoraSVDError:
-            config.param_ratio, config.compact_ranks = before, ranks
+            config.param_ratio, config.compact_ranks, self._given_ranks[name] = before, ranks, given
             raise
 
     def _compress(self, adapter_name: str, param_ratio: float) -> None:
         """Choose ranks for the budget and let factors stand for the weights. Nothing changes if a layer fails."""
         config = self._config(adapter_name)
         layers, inputs, settings = self._pipeline(adapter_name)
+        self._remember_given_ranks(adapter_name)
+        given = self._given_ranks.get(adapter_name)
         if param_ratio == 1:
             ranks = {name: layer.shape.full_rank for name, layer in inputs.items()}
-        elif config.compact_ranks and not config.compressed:
+        elif given:
             shapes = {name: layer.shape for name, layer in inputs.items()}
-            ranks = given_ranks(config.compact_ranks, shapes, config.param_ratio, config.factor_format)
+            ranks = given_ranks(given, shapes, config.param_ratio, config.factor_format)
         else:
             ranks = choose_ranks(inputs, compute_spectra(inputs, settings), param_ratio, settings)
         factors = dict(factorize(inputs, ranks, settings))
@@ -156,6 +160,12 @@ class LoraSVDModel(BaseTuner):
         for name, layer in layers.items():
             layer.set_factors(adapter_name, factors[name])
             layer.observe(adapter_name, config)
+
+    def _remember_given_ranks(self, adapter_name: str) -> None:
+        """Until the first compression ``compact_ranks`` holds what the user chose, afterwards what is in force."""
+        config = self._config(adapter_name)
+        if not config.compressed:
+            self._given_ranks[adapter_name] = config.compact_ranks
 
     def _pipeline(
         self, adapter_name: str
@@ -200,15 +210,19 @@ class LoraSVDModel(BaseTuner):
             LoraSVDError: nothing was observed, or several adapters are to be made one compact model.
             NumericalError: a weight is not finite or cannot be factorized. The model is left as it was.
         """
+        description = None
         if not compact:
             for adapter_name in adapter_names or self.active_adapters:
                 for _, layer in self._tuner_layers(adapter_name):
                     layer.set_factors(adapter_name, None)
         elif any(self._config(name).param_ratio < 1 for name in adapter_names or self.active_adapters):
-            self._compact(self._single_adapter(adapter_names))
-        return super().merge_and_unload(progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
+            description = self._compact(self._single_adapter(adapter_names))
+        model = super().merge_and_unload(progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
+        if description is not None:
+            describe_compact(model, description)
+        return model
 
-    def _compact(self, adapter_name: str) -> None:
+    def _compact(self, adapter_name: str) -> LoraSVDCompactConfig:
         """Replace every layer of the adapter by a plain compact module, once all of them could be computed."""
         config = self._config(adapter_name)
         layers, inputs, settings = self._pipeline(adapter_name)
@@ -216,6 +230,9 @@ class LoraSVDModel(BaseTuner):
             raise LoraSVDError(
                 "merge_and_unload: the adapter is merged into the dense weights; call unmerge_adapter() first"
             )
+        for name, layer in layers.items():
+            if not torch.isfinite(layer.bypass_factors(adapter_name).product()).all():
+                raise NumericalError(f"{name}: the LoRA bypass has non-finite values; go back to an earlier checkpoint")
         if not self._reached_target(config, inputs):
             if config.compressed or any(layer.statistics(adapter_name).counts["step"] for layer in layers.values()):
                 warnings.warn(
@@ -228,30 +245,33 @@ class LoraSVDModel(BaseTuner):
             name: self._compact_layer(name, layer, inputs[name], adapter_name, settings)
             for name, layer in layers.items()
         }
-        description = LoraSVDCompactConfig(
+        tied = [name for name in modules if untie(self.model, name)]
+        if tied:
+            self.model.config.tie_word_embeddings = False  # or PEFT takes the merge for one of tied weights
+        for name, module in modules.items():
+            self.model.set_submodule(name, module)
+        return LoraSVDCompactConfig(
             ranks={name: _stored_rank(module, inputs[name].shape) for name, module in modules.items()},
             factor_format=config.factor_format,
             dense_parameters=sum(given.shape.parameters for given in inputs.values()),
+            tied_parameters=sum(inputs[name].shape.parameters for name in tied),
             method={
                 name: getattr(config, name) for name in ("importance", "allocation", "compensation", "param_ratio")
             },
         )
-        for name, module in modules.items():
-            self.model.set_submodule(name, module)
-        describe_compact(self.model, description)
 
     def _compact_layer(
         self, name: str, layer: LoraSVDLinear, given: LayerInput, adapter_name: str, settings: CompressionSettings
     ) -> nn.Module:
-        factors, bypass = layer.factors(adapter_name), layer.bypass(adapter_name).cpu()
+        factors, bypass = layer.factors(adapter_name), layer.bypass_factors(adapter_name)
         if factors is None:
-            result: Factors | Tensor = given.weight() + bypass.double()
+            result: Factors | Tensor = given.weight() + bypass.product().cpu().double()
         elif given.shape.extra_rank:
-            result = factors.stacked(Factors(*layer.bypass_factors(adapter_name)))
+            result = factors.stacked(bypass)
             if result.rank >= given.shape.full_rank:
                 result = result.product()
         else:
-            result = absorb(name, given, Factors(factors.left.cpu(), factors.right.cpu()), bypass, settings)
+            result = absorb(name, given, factors, bypass, settings)
         return compact_module(result, layer.get_base_layer(), layer.dense_weight(), settings.factor_format)
 
     def _reached_target(self, config: LoraSVDConfig, inputs: dict[str, LayerInput]) -> bool:
@@ -284,10 +304,13 @@ class LoraSVDModel(BaseTuner):
             layer = known.get(module_name.removeprefix("base_model.model."))
             if layer is not None:
                 layer.allocate_state(adapter_name, attribute, tensor)
-        ranks = {name: layer.kept_rank(adapter_name) for name, layer in known.items()}
+        tuner = next(module for module in model.modules() if isinstance(module, cls))
+        tuner._remember_given_ranks(adapter_name)
         config.compressed = any(layer.factors(adapter_name) is not None for layer in known.values())
         if config.compressed:
-            config.compact_ranks = ranks
+            config.compact_ranks = {name: layer.kept_rank(adapter_name) for name, layer in known.items()}
+        else:
+            config.compact_ranks = tuner._given_ranks.get(adapter_name)
         for layer in known.values():
             layer.observe(adapter_name, config)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)

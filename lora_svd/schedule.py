@@ -59,6 +59,8 @@ def build_schedule(
         )
     warmup_steps = max(1, _steps(warmup, total_steps))
     compression_steps = _steps(compression, total_steps)
+    if compression < 1 and warmup + compression <= 1:  # fractions that fit together do so whatever way they are rounded
+        compression_steps = min(compression_steps, total_steps - warmup_steps)
     if warmup_steps + compression_steps > total_steps:
         raise LoraSVDError(
             f"warmup and compression: {warmup} and {compression} are {warmup_steps} + {compression_steps} steps, but "

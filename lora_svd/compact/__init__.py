@@ -1,6 +1,6 @@
 """What a user ships: low-rank layers, their checkpoint, and a report of their size."""
 
-from .loader import LoraSVDCompactConfig, LoraSVDCompactQuantizer, describe_compact, save_compact
+from .loader import LoraSVDCompactConfig, LoraSVDCompactQuantizer, describe_compact, save_compact, untie
 from .low_rank import LowRankLinear, compact_module
 from .report import LayerReport, ParameterReport, parameter_report
 
@@ -14,4 +14,5 @@ __all__ = [
     "describe_compact",
     "parameter_report",
     "save_compact",
+    "untie",
 ]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -34,6 +35,7 @@ class LoraSVDCompactConfig(QuantizationConfigMixin):
         ranks: stored rank of each targeted module; one that is stored dense has ``min(out, in)``.
         factor_format: "pivoted" or "factors".
         dense_parameters: numbers in the targeted weights before compression, the denominator of ``param_ratio``.
+        tied_parameters: those of them that were the weight of another module as well (a head tied to the embedding).
         method: how it was made: importance, allocation, compensation.
         format_version: of the layout of the tensors.
     """
@@ -43,6 +45,7 @@ class LoraSVDCompactConfig(QuantizationConfigMixin):
         ranks: Mapping[str, int] | None = None,
         factor_format: str = "pivoted",
         dense_parameters: int = 0,
+        tied_parameters: int = 0,
         method: Mapping[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         **_: Any,
@@ -60,6 +63,7 @@ class LoraSVDCompactConfig(QuantizationConfigMixin):
         self.ranks = dict(ranks or {})
         self.factor_format = factor_format
         self.dense_parameters = dense_parameters
+        self.tied_parameters = tied_parameters
         self.method = dict(method or {})
         self.format_version = format_version
 
@@ -70,10 +74,15 @@ class LoraSVDCompactQuantizer(HfQuantizer):
     requires_calibration = True  # refuses to be asked for on a dense checkpoint
     quantization_config: LoraSVDCompactConfig
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
         config = self.quantization_config
-        for name, rank in config.ranks.items():
-            _replace(model, *_find(model, name), rank, config.factor_format)
+        _check_ranks(config.ranks, _saved_shapes(checkpoint_files or []), model.base_model_prefix + ".")
+        for saved_name, rank in config.ranks.items():
+            name, dense = _find(model, saved_name)
+            untie(model, name)
+            _replace(model, name, dense, rank, config.factor_format)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         # Nothing is quantized: without the marks, casting, training and PEFT treat the model like any other.
@@ -94,10 +103,39 @@ class LoraSVDCompactQuantizer(HfQuantizer):
         return True
 
 
+def _saved_shapes(files: list[str]) -> dict[str, list[int]]:
+    """Shape of every tensor in safetensors files, none of which is read."""
+    shapes = {}
+    for path in files:
+        if Path(path).suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - no mapping
+    return shapes
+
+
+def _check_ranks(ranks: Mapping[str, int], shapes: Mapping[str, list[int]], prefix: str) -> None:
+    """Raise if a saved tensor contradicts ``ranks``. Names that transformers changed on saving are left to its own check."""
+    marked = {key.removesuffix(".weight") for key, shape in shapes.items() if key.endswith(".weight") and shape == [1]}
+    saved = {name: shapes[right][0] for name in marked if (right := f"{name}.right.weight") in shapes}
+    named = {spelling: rank for name, rank in ranks.items() for spelling in _spellings(name, prefix)}
+    saved |= {name: min(shape) for name in named if len(shape := shapes.get(f"{name}.weight", [])) == 2}
+    for name, rank in saved.items():
+        if named.get(name, rank) != rank:
+            raise LoraSVDError(
+                f"{name}: the tensors of this compact checkpoint have rank {rank}, its config.json says {named[name]}; "
+                "restore the config.json that was saved with them"
+            )
+
+
+def _spellings(name: str, prefix: str) -> tuple[str, str, str]:
+    """A module's name, as saved, in the model without its head and in one with a head on top."""
+    return name, name.removeprefix(prefix), prefix + name
+
+
 def _find(model: PreTrainedModel, name: str) -> tuple[str, nn.Module]:
     """The module of that name, also in the model without its head (AutoModel) or with one put on top."""
     prefix = model.base_model_prefix + "."
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
+    for candidate in _spellings(name, prefix):
         try:
             return candidate, model.get_submodule(candidate)
         except AttributeError:
@@ -133,18 +171,23 @@ def _replace(model: PreTrainedModel, name: str, dense: nn.Module, rank: int, fac
     model.set_submodule(name, new)
 
 
+def untie(model: nn.Module, name: str) -> bool:
+    """Strike a module off transformers' list of tied weights, since its weight is its own; False if it is not on it."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    return tied.pop(f"{name}.weight", None) is not None
+
+
 def describe_compact(model: nn.Module, config: LoraSVDCompactConfig) -> None:
-    """Make a model with low-rank layers plain and self-describing: trainable, untied where a tied layer was factorized,
-    its ranks in ``model.config``."""
+    """Make a model with low-rank layers plain and self-describing: trainable, its ranks in ``model.config``."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
     if not isinstance(model, PreTrainedModel):
         return
-    head = model.get_output_embeddings()
-    if isinstance(head, LowRankLinear):
-        model.config.tie_word_embeddings = False
-        model.all_tied_weights_keys = {}
+    if config.tied_parameters:
+        # Some configs (T5) read False as something else and tie anyway; the loader unties by the names in ranks.
+        untied = {**model.config.to_dict(), "tie_word_embeddings": False}
+        model.config.tie_word_embeddings = type(model.config).from_dict(untied).tie_word_embeddings
     model.config.quantization_config = config
 
 
@@ -153,19 +196,29 @@ def save_compact(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrain
 
     A full disk or a killed process leaves the previous checkpoint whole. Reload with
     ``import lora_svd; AutoModelForCausalLM.from_pretrained(folder)``.
+
+    Raises:
+        LoraSVDError: the folder holds something else than a model, which would be lost.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
+    old = folder.with_name(f".{folder.name}-old")
+    if old.exists() and not folder.exists():  # a process was killed just before it put the new one in place
+        old.rename(folder)
+    if folder.exists() and not (folder / "config.json").exists() and (folder.is_file() or any(folder.iterdir())):
+        raise LoraSVDError(f"folder: {folder} holds something else than a model (no config.json); name another folder")
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         model.save_pretrained(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         staging.chmod(0o755)
-        old = folder.with_name(f".{folder.name}-old")
+        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
         staging.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
     finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         shutil.rmtree(staging, ignore_errors=True)

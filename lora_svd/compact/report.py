@@ -60,13 +60,13 @@ def parameter_report(model: nn.Module) -> ParameterReport:
     saved = sum(layer.dense_parameters - layer.parameters for layer in layers.values())
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if isinstance(config, LoraSVDCompactConfig) and config.dense_parameters:
-        targeted = config.dense_parameters
+        targeted, tied = config.dense_parameters, config.tied_parameters
     else:
-        targeted = sum(layer.dense_parameters for layer in layers.values())
+        targeted, tied = sum(layer.dense_parameters for layer in layers.values()), 0
     return ParameterReport(
         parameters=parameters,
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in stored.values()),
-        dense_parameters=parameters + saved,
+        dense_parameters=parameters + saved - tied,
         targeted_parameters=targeted - saved,
         dense_targeted_parameters=targeted,
         layers=layers,

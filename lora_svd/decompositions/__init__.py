@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..linalg import Metrics
-from .svd import Factors, PivotedFactors, balance, pivot, weighted_spectrum, weighted_svd
+from .svd import Factors, PivotedFactors, balance, pivot, truncate, weighted_spectrum, weighted_svd
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,16 @@ class Decomposition:
     Attributes:
         spectrum: ``(weight, metrics) -> (max_rank,)``, the error that each further rank removes, descending.
         factorize: ``(weight, metrics, rank) -> Factors``, the best approximation of that rank.
+        truncate: ``(factors, metrics, rank) -> Factors``, the best approximation of a product of factors.
     """
 
     spectrum: Callable[[Tensor, Metrics], Tensor]
     factorize: Callable[[Tensor, Metrics, int], Factors]
+    truncate: Callable[[Factors, Metrics, int], Factors]
 
 
 DECOMPOSITIONS: dict[str, Decomposition] = {
-    "svd": Decomposition(spectrum=weighted_spectrum, factorize=weighted_svd),
+    "svd": Decomposition(spectrum=weighted_spectrum, factorize=weighted_svd, truncate=truncate),
 }
 
 __all__ = ["DECOMPOSITIONS", "Decomposition", "Factors", "PivotedFactors", "balance", "pivot"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg import Metrics, metric_root, metric_times, root_transpose_solve, root_transpose_times
+from ..linalg import Metrics, metric_root, metric_times, root_transpose_solve, root_transpose_times, shrink
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,19 @@ def weighted_svd(weight: Tensor, metrics: Metrics, rank: int) -> Factors:
     return Factors(left=root_transpose_solve(root, leading), right=leading.T @ scaled)
 
 
+def truncate(factors: Factors, metrics: Metrics, rank: int) -> Factors:
+    """:func:`weighted_svd` of ``left @ right`` without forming it: the same truncation of the identity in the metrics
+    ``left^T row left`` and ``right column right^T``, whose size is the rank of the factors."""
+    left, right = factors.left.cpu().double(), factors.right.cpu().double()
+    # Columns of left get the norm 1, or parts of a small scale would be lost beside the others in the root.
+    size = (left * metric_times(metrics.row, left)).sum(0).clamp_min(0).sqrt()
+    left, right = left / size.where(size > 0, 1.0), right * size[:, None]
+    row, column = left.T @ metric_times(metrics.row, left), right @ metric_times(metrics.column, right.T)
+    inner = Metrics(row=shrink(row, 0.0), column=shrink(column, 0.0))  # a product that is zero leaves no metric
+    kept = weighted_svd(torch.eye(factors.rank, dtype=torch.float64), inner, rank)
+    return Factors(left=left @ kept.left, right=kept.right @ right)
+
+
 def balance(factors: Factors) -> Factors:
     """The same product with equal norms of ``left[:, i]`` and ``right[i]``, so that neither factor loses precision."""
     left_norm, right_norm = factors.left.norm(dim=0), factors.right.norm(dim=1)
@@ -112,7 +125,8 @@ def pivot(factors: Factors, *, growth: float = 2.0) -> PivotedFactors:
             break
         row, column = divmod(int(coefficients.abs().argmax()), rank)
         order[[rank + row, column]] = order[[column, rank + row]]
-        coefficients = _coefficients(basis, order, rank)
+        coefficients = _exchange(coefficients, row, column)
+    coefficients = _coefficients(basis, order, rank)  # exchanging a large one leaves its rounding in the others
     rows = basis[order[:rank]] @ (upper @ factors.right.double())
     return PivotedFactors(rows=rows, coefficients=coefficients, order=order)
 
@@ -120,3 +134,15 @@ def pivot(factors: Factors, *, growth: float = 2.0) -> PivotedFactors:
 def _coefficients(basis: Tensor, order: Tensor, rank: int) -> Tensor:
     """``basis[rest] @ basis[pivots]^-1``: (out - k, k)."""
     return torch.linalg.solve(basis[order[:rank]], basis[order[rank:]], left=False)
+
+
+def _exchange(coefficients: Tensor, row: int, column: int) -> Tensor:
+    """The coefficients after rest row ``row`` and pivot ``column`` have changed places: a rank-one update."""
+    entry = coefficients[row, column]
+    new_row = -coefficients[row] / entry
+    new_row[column] = 1 / entry
+    new_column = coefficients[:, column] / entry
+    updated = coefficients + torch.outer(coefficients[:, column], new_row)
+    updated[:, column] = new_column
+    updated[row] = new_row
+    return updated

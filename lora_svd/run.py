@@ -1,0 +1,213 @@
+"""One run from a recipe to a compact model on disk: what ``lora-svd compress`` does, in order."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    set_seed,
+)
+
+from .compact import parameter_report, save_compact
+from .errors import LoraSVDError
+from .evaluation import Perplexity, perplexity, token_blocks
+from .model_card import model_card
+from .recipe import DTYPES, CompressArguments, Recipe
+from .run_report import RunReport
+from .training import LoraSVDCallback
+
+# Relative difference between perplexity in memory and after reloading that rounding may cause, bfloat16 included.
+_RELOAD_TOLERANCE = 1e-3
+
+
+def compress(recipe: Recipe, say: Callable[[str], None]) -> RunReport:
+    """Load, measure, train, merge, measure, save, and measure again in a new process.
+
+    The compact model, its tokenizer, its model card and ``report.json`` go to ``OUTPUT_DIR/compact``. An earlier model
+    there is replaced only when the new one is complete.
+
+    Args:
+        recipe: what to do.
+        say: receives the lines that are meant for the user.
+
+    Raises:
+        LoraSVDError: the recipe cannot be carried out, or the saved model differs from the one in memory.
+    """
+    run, clock = recipe.run, _Clock()
+    folder = Path(recipe.training.output_dir or ".") / "compact"
+    set_seed(recipe.training.seed)
+    with clock("load"):
+        train_text, eval_text = read_text("train_text", run.train_text), read_text("eval_text", run.eval_text)
+        tokenizer, model = load_model(run.model, run.dtype, recipe.training.device)
+        with about(run.train_text):
+            blocks = token_blocks(tokenizer, train_text, run.block_length, field="block_length")
+        dense_size = parameter_report(model)
+    with clock("evaluate dense"), about(run.eval_text):
+        before = perplexity(model, tokenizer, eval_text, window=run.window)
+        say(f"perplexity of {run.model}: {before}")
+        dense_says = _continue_prompt(model, tokenizer, run)
+    with clock("train and compress"):
+        tuned = _train(model, blocks, recipe)
+    with clock("merge"):
+        compact = tuned.merge_and_unload()
+    with clock("evaluate compact"):
+        after = perplexity(compact, tokenizer, eval_text, window=run.window)
+        say(f"perplexity of the compact model: {after}")
+        compact_says = _continue_prompt(compact, tokenizer, run)
+    with clock("save"):
+        _save(compact, tokenizer, folder)
+    with clock("reload and evaluate"):
+        reloaded = _evaluate_in_new_process(folder, recipe)
+    report = RunReport(
+        model=run.model,
+        dense_bytes=dense_size.bytes,
+        size=parameter_report(compact),
+        perplexity_dense=before.value,
+        perplexity_compact=after.value,
+        perplexity_reloaded=reloaded.value,
+        perplexity_tokens=before.tokens,
+        window=run.window,
+        seconds=clock.seconds,
+        recipe=recipe.chosen,
+    )
+    (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(report, str(folder)), encoding="utf-8")
+    _check_reloaded(after, reloaded, folder)
+    say(f"\n{report.table()}\n\nThe compact model is in {folder}.")
+    if run.prompt:
+        say(f"\nDense:   {dense_says}\n\nCompact: {compact_says}")
+    return report
+
+
+def load_model(name: str, dtype: str, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Tokenizer and causal language model, dense or compact, from a local folder or the Hub.
+
+    Raises:
+        LoraSVDError: there is no such model, or it cannot be loaded.
+    """
+    if dtype not in DTYPES:
+        raise LoraSVDError(f"dtype: unknown value {dtype!r}, expected one of {sorted(DTYPES)}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise LoraSVDError(f"model: cannot load {name!r}: {error}") from error
+    return tokenizer, model.to(device)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the accelerator if there is one, else the CPU.
+
+    Raises:
+        LoraSVDError: torch knows no such device.
+    """
+    if name != "auto":
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise LoraSVDError(f"device: unknown value {name!r}: {error}") from error
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def read_text(field: str, path: str) -> str:
+    """A UTF-8 text file.
+
+    Raises:
+        LoraSVDError: it cannot be read; the message names the field.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoraSVDError(f"{field}: cannot read {path!r} as UTF-8 text: {error}") from error
+
+
+@contextmanager
+def about(path: str) -> Iterator[None]:
+    """Names the file that an error inside is about."""
+    try:
+        yield
+    except LoraSVDError as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def _train(model: PreTrainedModel, blocks: Tensor, recipe: Recipe) -> Any:
+    """The PEFT model after the Trainer's run, its weights compressed on the way."""
+    try:
+        tuned = get_peft_model(model, recipe.config)
+    except (ValueError, TypeError) as error:  # how PEFT refuses a configuration, LoraSVDError included
+        raise LoraSVDError(str(error)) from error
+    trainer = Trainer(
+        model=tuned,
+        args=recipe.training,
+        train_dataset=[{"input_ids": block, "labels": block} for block in blocks],  # pyright: ignore[reportArgumentType] - any sized sequence will do
+        callbacks=[LoraSVDCallback()],
+    )
+    trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
+    return tuned
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    try:
+        save_compact(model, folder, tokenizer)
+    except (OSError, SafetensorError) as error:
+        raise LoraSVDError(
+            f"output_dir: cannot save to {folder}: {error}; an earlier model there is untouched"
+        ) from error
+
+
+def _evaluate_in_new_process(folder: Path, recipe: Recipe) -> Perplexity:
+    """What a user of the saved model gets: nothing of this process can help."""
+    run = recipe.run
+    options = {"text": run.eval_text, "window": run.window, "dtype": run.dtype, "device": recipe.training.device}
+    command = [sys.executable, "-m", "lora_svd.cli", "evaluate", str(folder), "--json"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise LoraSVDError(f"{folder}: saved, but a new process could not evaluate it (exit code {done.returncode})")
+    return Perplexity(**json.loads(done.stdout))
+
+
+def _check_reloaded(after: Perplexity, reloaded: Perplexity, folder: Path) -> None:
+    if abs(reloaded.value - after.value) > _RELOAD_TOLERANCE * after.value:
+        raise LoraSVDError(
+            f"{folder}: perplexity is {after.value} in memory but {reloaded.value} when reloaded; do not use it"
+        )
+
+
+def _continue_prompt(model: Any, tokenizer: PreTrainedTokenizerBase, run: CompressArguments) -> str:
+    """The prompt and its most probable continuation; empty without a prompt."""
+    if not run.prompt:
+        return ""
+    given = tokenizer(run.prompt, return_tensors="pt").to(model.device)
+    ids = model.generate(**given, max_new_tokens=run.max_new_tokens, do_sample=False)
+    return str(tokenizer.decode(ids[0], skip_special_tokens=True))
+
+
+class _Clock:
+    """Wall time by phase, in seconds, in the order they ended."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = time.perf_counter() - start
