@@ -60,6 +60,18 @@ def budget_of(shapes: Mapping[str, LayerShape], param_ratio: float) -> int:
     return int(param_ratio * sum(shape.parameters for shape in shapes.values()) + 1e-6)
 
 
+def check_budget(shapes: Mapping[str, LayerShape], param_ratio: float, factor_format: str) -> None:
+    """Raise if rank 1 in every layer exceeds the budget."""
+    budget = budget_of(shapes, param_ratio)
+    least = sum(min(stored_parameters(shape, 1, factor_format), shape.parameters) for shape in shapes.values())
+    if least > budget:
+        total = sum(shape.parameters for shape in shapes.values())
+        raise LoraSVDError(
+            f"param_ratio: {param_ratio} allows {budget} parameters, rank 1 in all {len(shapes)} targeted layers takes"
+            f" {least}. Raise param_ratio to at least {math.ceil(1e4 * least / total) / 1e4}, or target fewer layers"
+        )
+
+
 def allocate_ranks(
     spectra: Mapping[str, Tensor],
     shapes: Mapping[str, LayerShape],
@@ -86,14 +98,7 @@ def allocate_ranks(
     if allocation not in ALLOCATIONS:
         raise LoraSVDError(f"allocation: unknown value {allocation!r}, expected one of {sorted(ALLOCATIONS)}")
     options = {name: _options(spectra[name], shape, factor_format, rank_multiple) for name, shape in shapes.items()}
-    budget = budget_of(shapes, param_ratio)
-    least = sum(min(option.costs) for option in options.values())
-    if least > budget:
-        total = sum(shape.parameters for shape in shapes.values())
-        raise LoraSVDError(
-            f"param_ratio: {param_ratio} allows {budget} parameters, rank 1 in all {len(shapes)} targeted layers takes"
-            f" {least}. Raise param_ratio to at least {math.ceil(1e4 * least / total) / 1e4}, or target fewer layers"
-        )
+    check_budget(shapes, param_ratio, factor_format)
     chosen = ALLOCATIONS[allocation](options, shapes, param_ratio)
     return {name: options[name].ranks[index] for name, index in chosen.items()}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,8 @@ class EvaluateArguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the ``lora-svd`` command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    # PEFT 0.21 asks transformers 5.23 in a deprecated way; nothing that a user of this command could mend.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     if not words or words[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0 if words else 2
@@ -66,7 +69,7 @@ def _compress(words: list[str]) -> None:
 
 
 def _evaluate(words: list[str]) -> None:
-    parser = OneLineParser(EvaluateArguments, prog="lora-svd evaluate", allow_abbrev=False)
+    parser = OneLineParser(EvaluateArguments, prog="lora-svd evaluate")
     parser.add_argument("model", help="A local folder or a name on the Hub.")
     options, positional, rest = parser.parse_args_into_dataclasses(
         args=words, return_remaining_strings=True, look_for_args_file=False

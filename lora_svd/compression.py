@@ -21,7 +21,7 @@ from .decompositions import DECOMPOSITIONS, Factors
 from .errors import LoraSVDError, NumericalError
 from .importance import IMPORTANCES
 from .linalg import Metrics, shrink
-from .statistics import LayerStatistics
+from .statistics import STATISTICS, LayerStatistics
 
 _LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
@@ -64,7 +64,7 @@ def layer_metrics(name: str, layer: LayerInput, weight: Tensor, settings: Compre
     importance = IMPORTANCES[settings.importance]
     seen = layer.statistics()
     for statistic in importance.statistics:
-        if statistic not in seen.sums or not any(seen.counts.values()):
+        if statistic not in seen.sums or not seen.counts[STATISTICS[statistic].per]:
             raise LoraSVDError(
                 f"{name}: nothing was observed for importance={settings.importance!r} ({statistic} is missing). Train "
                 "at least one step (loss.backward(), then update_and_allocate(step) or LoraSVDCallback) before "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 from peft.config import PeftConfig
@@ -104,6 +105,14 @@ class LoraSVDConfig(PeftConfig):
                 raise LoraSVDError(f"{name}: unknown value {value!r}, expected one of {sorted(valid)}")
 
     def _check_numbers(self) -> None:
+        for kind, word, names in (
+            (Integral, "an integer", ("r", "compression_interval", "rank_multiple")),
+            (Real, "a number", ("param_ratio", "warmup", "compression", "lora_alpha", "lora_dropout")),
+            (Real, "a number", ("row_shrinkage", "column_shrinkage")),
+        ):
+            for name in names:
+                if not isinstance(getattr(self, name), kind):
+                    raise LoraSVDError(f"{name}: got {getattr(self, name)!r}, expected {word}")
         if not 0 < self.param_ratio <= 1:
             raise LoraSVDError(
                 f"param_ratio: got {self.param_ratio}, expected a number in (0, 1], the share of the targeted "

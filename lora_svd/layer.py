@@ -175,8 +175,9 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
         if names:
             tensors = (t.detach().float() for t in (self.dense_weight(), A, B, A.grad, B.grad))
             step = StepObservation(*tensors, scaling=self.scaling[adapter_name])
-            for name in names:
-                self._accumulate(adapter_name, name, STATISTICS[name].of(step))
+            with torch.autocast(device_type=A.device.type, enabled=False):
+                for name in names:
+                    self._accumulate(adapter_name, name, STATISTICS[name].of(step))
         self._count(adapter_name, "step", 1)
 
     def _observe_tokens(self, x: Tensor, g: Tensor) -> None:

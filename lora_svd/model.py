@@ -17,7 +17,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .allocation import LayerShape, budget_of, given_ranks, kept_parameters
+from .allocation import LayerShape, budget_of, check_budget, given_ranks, kept_parameters
 from .compact import LoraSVDCompactConfig, LowRankLinear, compact_module, describe_compact, untie
 from .compression import CompressionSettings, LayerInput, absorb, choose_ranks, compute_spectra, factorize
 from .config import LoraSVDConfig
@@ -116,6 +116,8 @@ class LoraSVDModel(BaseTuner):
             if config.param_ratio == 1:
                 continue
             schedule = self.schedule(adapter_name, total_steps)
+            if global_step == 0:  # what would fail after the warm-up fails now
+                self._check_budget(adapter_name)
             layers = dict(self._tuner_layers(adapter_name))
             _check_gradients(layers, adapter_name, global_step)
             for layer in layers.values():
@@ -124,6 +126,15 @@ class LoraSVDModel(BaseTuner):
             if budget is not None:
                 self._compress(adapter_name, budget)
         self._shared_gram.clear()
+
+    def _check_budget(self, adapter_name: str) -> None:
+        config = self._config(adapter_name)
+        keep = config.compensation == "keep"
+        shapes = {name: layer.layer_shape(adapter_name, keep=keep) for name, layer in self._tuner_layers(adapter_name)}
+        if config.compact_ranks and not config.compressed:
+            given_ranks(config.compact_ranks, shapes, config.param_ratio, config.factor_format)
+        else:
+            check_budget(shapes, config.param_ratio, config.factor_format)
 
     def set_param_ratio(self, param_ratio: float, adapter_name: str | None = None) -> None:
         """Choose another size: factorize again for ``param_ratio`` from what was observed. Before ``merge_and_unload``.

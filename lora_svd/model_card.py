@@ -34,9 +34,9 @@ model = AutoModelForCausalLM.from_pretrained("$folder")
 tokenizer = AutoTokenizer.from_pretrained("$folder")
 ```
 
-> **Warning.** Needs the package `lora-svd`, and `import lora_svd` before loading. Without the import transformers does
-> not know the low-rank layers: it warns of an unknown quantization type and of missing weights, and goes on with
-> *random* weights in their place. If you see either warning, do not use the model.
+> **Warning.** This needs the package `lora-svd`, and `import lora_svd` before loading. Without the import transformers
+> does not know the low-rank layers, reports `MISMATCH` for their weights and refuses to load. Do not talk it into loading
+> with `ignore_mismatched_sizes=True`: these layers would have *random* weights.
 
 ## Results
 

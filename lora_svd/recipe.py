@@ -12,6 +12,7 @@ import json
 from argparse import ArgumentTypeError
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
@@ -88,7 +89,10 @@ class _YamlValue:
 
 
 class OneLineParser(HfArgumentParser):
-    """Says what is wrong in one line and leaves the exit to the caller."""
+    """Options from the given dataclasses; says what is wrong in one line and leaves the exit to the caller."""
+
+    def __init__(self, *kinds: Any, **options: Any) -> None:
+        super().__init__(kinds, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise LoraSVDError(message)
@@ -124,18 +128,18 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except (ValueError, TypeError) as error:  # how TrainingArguments refuses values
         raise LoraSVDError(f"{path.name}: {error}") from error
     words = {_option_name(word).removeprefix("no_") for word in overrides if word.startswith("--")}
-    changed = {name: getattr(part, name) for part in parts for name in words & set(vars(part))}
+    changed = {name: _plain(getattr(part, name)) for part in parts for name in words & set(vars(part))}
     return Recipe(run=run, config=config, training=training, chosen=given | changed)
 
 
 def recipe_parser() -> HfArgumentParser:
     """The parser of all fields of a recipe."""
-    parts: Any = (CompressArguments, _config_view(), TrainingArguments)
     return OneLineParser(
-        parts,
+        CompressArguments,
+        _config_view(),
+        TrainingArguments,
         usage="lora-svd compress RECIPE.yaml [--field value ...]",
         description="Every field can stand in the recipe as `field: value` or on the command line.",
-        allow_abbrev=False,
     )
 
 
@@ -183,6 +187,11 @@ def _as_default(value: Any, declared: Any) -> Any:
     if declared is _YamlValue:
         return json.dumps(value)
     return str(value)
+
+
+def _plain(value: Any) -> Any:
+    """TrainingArguments turns names into enum members; a recipe has the names."""
+    return value.value if isinstance(value, Enum) else value
 
 
 def _option_name(word: str) -> str:

@@ -159,7 +159,12 @@ def _train(model: PreTrainedModel, blocks: Tensor, recipe: Recipe) -> Any:
         train_dataset=[{"input_ids": block, "labels": block} for block in blocks],  # pyright: ignore[reportArgumentType] - any sized sequence will do
         callbacks=[LoraSVDCallback()],
     )
+    use_cache = getattr(model.config, "use_cache", None)
     trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
+    if (
+        use_cache is not None
+    ):  # Trainer turns it off and would leave it so in the saved model, which generates slowly then
+        model.config.use_cache = use_cache
     return tuned
 
 

@@ -49,16 +49,18 @@ class SharedGram:
     """The Gram matrix of the input last seen, kept until another input comes."""
 
     def __init__(self) -> None:
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, int, Tensor] | None = None
         self._gram: Tensor | None = None
 
     def bind(self, source: Tensor, mask: Tensor) -> None:
         """Name the tensor that the next call is about; its Gram matrix is kept if both equal the last ones.
 
-        The tensor is held, so that its memory cannot be reused for another input meanwhile.
+        The tensor is held, so that its memory cannot be reused for another input meanwhile, and its version is noted,
+        because it may be filled anew in place.
         """
-        if self._last is None or not _same_tensor(self._last[0], source) or not torch.equal(self._last[1], mask):
-            self._last, self._gram = (source, mask), None
+        known = self._last is not None and _same_tensor(*self._last[:2], source) and torch.equal(self._last[2], mask)
+        if not known:
+            self._last, self._gram = (source, source._version, mask), None
 
     def gram(self, x: Tensor) -> Tensor:
         """sum over tokens of ``x x^T``, (in, in)."""
@@ -72,9 +74,9 @@ class SharedGram:
         self._last = self._gram = None
 
 
-def _same_tensor(a: Tensor, b: Tensor) -> bool:
+def _same_tensor(a: Tensor, version: int, b: Tensor) -> bool:
     same_memory = a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
-    return same_memory and a.dtype == b.dtype and a._version == b._version
+    return same_memory and a.dtype == b.dtype and version == b._version
 
 
 def lora_gradient(step: StepObservation) -> Tensor:
@@ -169,7 +171,8 @@ class Observe(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[None, Tensor, None]:
         (x,) = ctx.saved_tensors
-        ctx.sink(x.detach(), grads[0].detach())
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            ctx.sink(x.detach(), grads[0].detach())
         return None, grads[0], None
 
 
@@ -179,11 +182,10 @@ def observe_tokens(x: Tensor, g: Tensor, shared: SharedGram) -> tuple[TokenObser
     The first dimension counts samples, the last features, all between tokens; a matrix (samples, features) has one
     token a sample.
     """
-    with torch.autocast(device_type=x.device.type, enabled=False):
-        source = x
-        x = x.float().reshape(x.shape[0], -1, x.shape[-1])
-        g = g.float().reshape(g.shape[0], -1, g.shape[-1])
-        observed = (g != 0).any(-1)
-        shared.bind(source, observed)
-        counts = {"token": observed.sum(), "sample": observed.any(-1).sum()}
-        return TokenObservation(x.where(observed[..., None], 0.0), g, shared), counts
+    source = x
+    x = x.float().reshape(x.shape[0], -1, x.shape[-1])
+    g = g.float().reshape(g.shape[0], -1, g.shape[-1])
+    observed = (g != 0).any(-1)
+    shared.bind(source, observed)
+    counts = {"token": observed.sum(), "sample": observed.any(-1).sum()}
+    return TokenObservation(x.where(observed[..., None], 0.0), g, shared), counts

@@ -114,7 +114,7 @@ def _saved_shapes(files: list[str]) -> dict[str, list[int]]:
 
 
 def _check_ranks(ranks: Mapping[str, int], shapes: Mapping[str, list[int]], prefix: str) -> None:
-    """Raise if a saved tensor contradicts ``ranks``. Names that transformers changed on saving are left to its own check."""
+    """Raise if a saved tensor contradicts ``ranks``; names that transformers changes on saving are left to it."""
     marked = {key.removesuffix(".weight") for key, shape in shapes.items() if key.endswith(".weight") and shape == [1]}
     saved = {name: shapes[right][0] for name in marked if (right := f"{name}.right.weight") in shapes}
     named = {spelling: rank for name, rank in ranks.items() for spelling in _spellings(name, prefix)}

@@ -1,0 +1,33 @@
+"""Shared by all tests: no network, one thread a worker, a fixed seed, and the hosts' own warnings out of the way."""
+
+from __future__ import annotations
+
+import gc
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+
+import pytest
+import torch
+
+HOST_WARNINGS = (
+    "ignore:`torch.jit.script:DeprecationWarning",  # bitsandbytes, on import
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # PEFT 0.21 asks transformers 5.23
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in HOST_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+    torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Every Trainer run collects garbage, which takes most of a tiny run; what the imports made is none."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,204 @@
+"""LoRA-guided sensitivities through real backward passes, minimum-norm gradients, and the metrics of every preset."""
+
+import pytest
+import reference
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from lora_svd import LoraSVDConfig
+from lora_svd.importance import IMPORTANCES
+from lora_svd.statistics import STATISTICS, LayerStatistics, StepObservation, minnorm_gradient
+
+# -- a case small enough for pencil and paper --------------------------------------------------------------------------
+#
+# W = [1 0; 0 -1], A = [1 -1], B = [1/2; 1], s = lora_alpha / r = 2, and a loss with constant g = dL/dy = [1; 3].
+# For the input x = [1; 2]:  A x = -1,  dB = s g (A x)^T = [-2; -6],  dA = s B^T g x^T = 2 (1/2 + 3) [1 2] = [7 14].
+#     dB A = [-2 2; -6 6]   B dA = [7/2 7; 7 14]   dB dA = [-14 -28; -42 -84]
+#     G = dB A + B dA - dB dA = [31/2 37; 43 104]      BA + W = [3/2 -1/2; 1 -2]
+#     J_1 = (93/4)^2 + (37/2)^2,   J_2 = 43^2 + 208^2.
+# Clipped to half its norm (the squares of dA and dB sum to 285), both gradients are halved, and dB dA is quartered:
+#     G = [17/4 23/2; 11 31],   J_1 = (51/8)^2 + (23/4)^2,   J_2 = 11^2 + 62^2.
+
+G_OUT = torch.tensor([[1.0, 3.0]])
+WHOLE = torch.tensor([[1.0, 2.0]])
+HALVES = (torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]))  # the gradients are linear in x: these add up to it
+J_WHOLE = torch.tensor([(93 / 4) ** 2 + (37 / 2) ** 2, 43**2 + 208**2])
+J_CLIPPED = torch.tensor([(51 / 8) ** 2 + (23 / 4) ** 2, 11.0**2 + 62**2])
+NORM = 285**0.5
+
+
+def small_case(importance="lora"):
+    config = LoraSVDConfig(r=1, lora_alpha=2, target_modules=["0"], importance=importance, param_ratio=0.9)
+    model = get_peft_model(nn.Sequential(nn.Linear(2, 2)), config)
+    layer = model.base_model.model[0]
+    layer.base_layer.weight.data = torch.tensor([[1.0, 0.0], [0.0, -1.0]])
+    layer.lora_svd_A["default"].data = torch.tensor([[1.0, -1.0]])
+    layer.lora_svd_B["default"].data = torch.tensor([[0.5], [1.0]])
+    return model, layer
+
+
+def step(model, inputs, max_norm=None, number=0):
+    for x in inputs:
+        (model(x) * G_OUT).sum().backward()
+    if max_norm is not None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    model.base_model.update_and_allocate(number, total_steps=100)
+    model.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "max_norm", "expected"),
+    [
+        ([WHOLE], None, J_WHOLE),
+        (HALVES, None, J_WHOLE),
+        (HALVES, 2 * NORM, J_WHOLE),
+        ([WHOLE], NORM / 2, J_CLIPPED),
+        (HALVES, NORM / 2, J_CLIPPED),
+    ],
+    ids=["plain", "accumulated", "not clipped", "clipped", "accumulated and clipped"],
+)
+def test_lora_rows_by_hand(inputs, max_norm, expected):
+    """What counts are the gradients that the optimizer is about to use, not those of single micro-batches."""
+    model, layer = small_case()
+    step(model, inputs, max_norm)
+    seen = layer.statistics("default")
+    assert reference.relative_error(seen.mean("lora_rows"), expected) < 1e-5
+    assert seen.counts["step"] == 1
+
+
+def test_lora_rows_are_the_mean_over_steps():
+    model, layer = small_case()
+    step(model, [WHOLE])
+    step(model, HALVES, NORM / 2, number=1)
+    assert reference.relative_error(layer.statistics("default").mean("lora_rows"), (J_WHOLE + J_CLIPPED) / 2) < 1e-5
+
+
+def test_reference_agrees_with_the_hand():
+    A, B, W = torch.tensor([[1.0, -1.0]]), torch.tensor([[0.5], [1.0]]), torch.tensor([[1.0, 0.0], [0.0, -1.0]])
+    G = reference.lora_gradient(A, B, torch.tensor([[7.0, 14.0]]), torch.tensor([[-2.0], [-6.0]]))
+    assert torch.equal(G, torch.tensor([[15.5, 37.0], [43.0, 104.0]]))
+    assert torch.equal(reference.sensitivity_rows(G, W, A, B), J_WHOLE)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["lora_rows", "minnorm_rows"])
+def test_step_statistics_equal_the_formula_on_the_gradients_of_a_run(name, autocast):
+    """Several steps with an optimizer in between; W, A and B are those that the gradients belong to."""
+    config = LoraSVDConfig(
+        r=3, lora_alpha=5, target_modules=["0"], importance={"lora_rows": "lora"}.get(name, "lora_minnorm")
+    )
+    model = get_peft_model(nn.Sequential(nn.Linear(9, 6)), config)
+    layer, optimizer, rows = model.base_model.model[0], torch.optim.SGD(model.parameters(), lr=0.1), []
+    for number in range(4):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            for _ in range(2):
+                (model(torch.randn(8, 9)) - torch.randn(8, 6)).square().mean().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            parameters = (layer.lora_svd_A["default"], layer.lora_svd_B["default"])
+            A, B, dA, dB = (t.detach().double() for t in (*parameters, *(p.grad for p in parameters)))
+            estimates = {
+                "lora_rows": reference.lora_gradient(A, B, dA, dB),
+                "minnorm_rows": reference.minnorm_gradient(A, B, dA, dB, 5 / 3),
+            }
+            rows.append(reference.sensitivity_rows(estimates[name], layer.base_layer.weight.detach().double(), A, B))
+            model.base_model.update_and_allocate(number, total_steps=100)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert reference.relative_error(layer.statistics("default").mean(name), sum(rows) / 4) < 1e-4
+
+
+# -- the gradient of least norm ----------------------------------------------------------------------------------------
+
+
+def observation(kind, scaling=2.5):
+    """Gradients of a bypass that belong to one arbitrary G = dL/dW."""
+    G, A, B = (torch.randn(*shape, dtype=torch.float64) for shape in ((7, 9), (3, 9), (7, 3)))
+    if kind == "start":
+        B.zero_()
+    if kind == "rank deficient":
+        A[2], B[:, 1] = A[0] - 2 * A[1], 3 * B[:, 0]
+    grads = {"grad_A": scaling * B.T @ G, "grad_B": scaling * G @ A.T}
+    return G, StepObservation(weight=torch.zeros(7, 9).double(), lora_A=A, lora_B=B, scaling=scaling, **grads)
+
+
+@pytest.mark.parametrize("kind", ["generic", "start", "rank deficient"])
+def test_minnorm_explains_both_gradients_exactly_and_is_the_shortest(kind):
+    G, seen = observation(kind)
+    estimate, A, B = minnorm_gradient(seen), seen.lora_A, seen.lora_B
+    assert reference.relative_error(seen.scaling * estimate @ A.T, seen.grad_B) < 1e-9
+    assert torch.allclose(seen.scaling * B.T @ estimate, seen.grad_A, atol=1e-9)
+    assert reference.relative_error(estimate, reference.projected_gradient(G, A, B)) < 1e-9
+    assert reference.relative_error(estimate, reference.minnorm_gradient(A, B, seen.grad_A, seen.grad_B, 2.5)) < 1e-9
+    for _ in range(5):  # every other matrix that explains them is longer: add what neither A nor B sees
+        other = torch.randn_like(G)
+        assert estimate.norm() < (estimate + other - reference.projected_gradient(other, A, B)).norm()
+
+
+def test_minnorm_drops_the_terms_of_b_while_b_is_zero():
+    G, seen = observation("start")
+    on_A = torch.linalg.pinv(seen.lora_A) @ seen.lora_A
+    assert reference.relative_error(minnorm_gradient(seen), G @ on_A) < 1e-10
+
+
+def test_minnorm_is_closer_to_the_gradient_than_the_published_estimate():
+    cosines = []
+    for _ in range(20):
+        G, seen = observation("generic")
+        published = reference.lora_gradient(seen.lora_A, seen.lora_B, seen.grad_A, seen.grad_B)
+        cosines.append(
+            [float(torch.cosine_similarity(e.flatten(), G.flatten(), 0)) for e in (minnorm_gradient(seen), published)]
+        )
+    exact, approximate = torch.tensor(cosines).mean(0)
+    assert exact > approximate + 0.1
+
+
+# -- presets -----------------------------------------------------------------------------------------------------------
+
+COUNTS = {"token": 10, "sample": 4, "step": 2}
+
+
+@pytest.fixture
+def seen():
+    sums = {name: torch.rand(statistic.shape(4, 6)) for name, statistic in STATISTICS.items()}
+    return LayerStatistics(sums, COUNTS)
+
+
+def test_presets_are_the_formulas(seen):
+    W = torch.randn(4, 6, dtype=torch.float64)
+    S = {name: total.double() for name, total in seen.sums.items()}
+    X, C = S["input_gram"] / 10, S["output_gram"] / 10
+    expected = {
+        "lora": (S["lora_rows"] / 2, None),
+        "lora_minnorm": (S["minnorm_rows"] / 2, None),
+        "lora_activation": (reference.loss_unit_rows(S["lora_rows"] / 2, W, X), X),
+        "fisher": (S["weight_gradient_rows"] / 4, None),
+        "activation_scale": (None, S["input_abs"] / 10),
+        "activation": (None, X),
+        "gradient_activation": (S["output_square"] / 10, X),
+        "kronecker": (C, X),
+        "none": (None, None),
+    }
+    assert expected.keys() == IMPORTANCES.keys()
+    for name, (row, column) in expected.items():
+        needed = {k: v for k, v in seen.sums.items() if k in IMPORTANCES[name].statistics}
+        metrics = IMPORTANCES[name].metrics(LayerStatistics(needed, COUNTS), W)
+        for found, wanted in ((metrics.row, row), (metrics.column, column)):
+            assert (found is None) == (wanted is None)
+            assert found is None or reference.relative_error(found, wanted) < 1e-12
+
+
+def test_loss_units_do_not_depend_on_the_scale_of_weight_and_input(seen):
+    """J grows with w^2 and with the energy of the input, C does not; c is an estimate of the diagonal of C."""
+    W, preset = torch.randn(4, 6, dtype=torch.float64), IMPORTANCES["lora_activation"].metrics
+    scaled = {**seen.sums, "lora_rows": 9 * 4 * seen.sums["lora_rows"], "input_gram": 4 * seen.sums["input_gram"]}
+    assert reference.relative_error(preset(LayerStatistics(scaled, COUNTS), 3 * W).row, preset(seen, W).row) < 1e-6
+
+
+def test_row_of_zero_weight_has_no_importance(seen):
+    W = torch.randn(4, 6, dtype=torch.float64)
+    W[1] = 0
+    sums = {**seen.sums, "lora_rows": seen.sums["lora_rows"] * torch.tensor([1.0, 0.0, 1.0, 1.0])}
+    row = IMPORTANCES["lora_activation"].metrics(LayerStatistics(sums, COUNTS), W).row
+    assert row[1] == 0
+    assert torch.isfinite(IMPORTANCES["lora_activation"].metrics(LayerStatistics(sums, COUNTS), 0 * W).row).all()

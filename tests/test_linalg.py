@@ -1,0 +1,130 @@
+"""Metrics, their roots and their named failures."""
+
+import pytest
+import reference
+import torch
+
+from lora_svd.errors import NumericalError
+from lora_svd.linalg import (
+    INDEFINITE_TOLERANCE,
+    Metrics,
+    metric_norm,
+    metric_root,
+    metric_times,
+    root_transpose_solve,
+    root_transpose_times,
+    shrink,
+)
+
+N = 6
+
+
+def positive(size=N):
+    factor = torch.randn(size, 2 * size, dtype=torch.float64)
+    return factor @ factor.T / size
+
+
+def with_eigenvalues(values):
+    basis = torch.linalg.qr(torch.randn(len(values), len(values), dtype=torch.float64))[0]
+    matrix = basis @ torch.tensor(values, dtype=torch.float64).diag() @ basis.T
+    return (matrix + matrix.T) / 2
+
+
+METRICS = {
+    "none": lambda: None,
+    "diagonal": lambda: torch.rand(N, dtype=torch.float64) + 0.1,
+    "full": positive,
+    "singular": lambda: with_eigenvalues([1.0, 0.5, 0.1, 0.0, 0.0, 0.0]),
+    "singular diagonal": lambda: torch.tensor([1.0, 0.5, 0.1, 0.0, 0.0, 0.0], dtype=torch.float64),
+    "rounded": lambda: with_eigenvalues([1.0, 0.5, 0.1, 1e-9, -1e-9, -1e-8]),
+}
+
+
+@pytest.mark.parametrize("kind", METRICS)
+def test_root_squares_to_the_metric(kind):
+    metric = METRICS[kind]()
+    root = reference.dense(None, N) if (root := metric_root(metric)) is None else root
+    root = root.diag() if root.dim() == 1 else root
+    assert reference.relative_error(root @ root.T, reference.dense(metric, N)) < (1e-7 if kind == "rounded" else 1e-11)
+
+
+@pytest.mark.parametrize("kind", METRICS)
+def test_times_and_solve_undo_each_other(kind):
+    root, matrix = metric_root(METRICS[kind]()), torch.randn(N, 3, dtype=torch.float64)
+    assert reference.relative_error(root_transpose_solve(root, root_transpose_times(root, matrix)), matrix) < 1e-7
+
+
+def test_root_is_transposed():
+    """R^T M and not R M: only a root that is not symmetric tells them apart."""
+    metric, matrix = positive(), torch.randn(N, 3, dtype=torch.float64)
+    root = metric_root(metric)
+    product = root_transpose_times(root, matrix)
+    assert reference.relative_error(product.T @ product, matrix.T @ metric @ matrix) < 1e-12
+    assert reference.relative_error((root @ matrix).T @ (root @ matrix), matrix.T @ metric @ matrix) > 1e-3
+
+
+@pytest.mark.parametrize("column", METRICS)
+@pytest.mark.parametrize("row", METRICS)
+def test_norm_is_the_trace(row, column):
+    metrics = Metrics(row=METRICS[row](), column=METRICS[column]())
+    error = torch.randn(N, N, dtype=torch.float64)
+    assert metric_norm(error, metrics) == pytest.approx(reference.loss(error, metrics.row, metrics.column), rel=1e-10)
+    swapped = metrics.transposed
+    assert metric_norm(error.T, swapped) == pytest.approx(metric_norm(error, metrics), rel=1e-10)
+    assert torch.equal(metric_times(metrics.row, error), metric_times(swapped.column, error))
+
+
+def test_norm_of_half_precision_error_is_computed_in_double():
+    error = torch.full((N, N), 300.0, dtype=torch.float16)  # squares overflow float16
+    assert metric_norm(error, Metrics()) == pytest.approx(N * N * 300.0**2)
+
+
+@pytest.mark.parametrize("amount", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize("kind", ["diagonal", "full", "singular"])
+def test_shrinkage(kind, amount):
+    metric = METRICS[kind]().float()
+    before = metric.clone()
+    matrix = reference.dense(metric, N)
+    expected = (1 - amount) * matrix + amount * torch.trace(matrix) / N * torch.eye(N, dtype=torch.float64)
+    shrunk = shrink(metric, amount)
+    assert shrunk.dtype == torch.float64
+    assert shrunk.dim() == metric.dim()
+    assert reference.relative_error(reference.dense(shrunk, N), expected) < 1e-14
+    assert torch.equal(metric, before)
+
+
+def test_shrinkage_of_a_metric_without_information_is_the_identity():
+    assert shrink(None, 0.1) is None
+    assert torch.equal(shrink(torch.zeros(N), 0.1), torch.ones(N, dtype=torch.float64))
+    assert torch.equal(shrink(torch.zeros(N, N), 0.1), torch.eye(N, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("shape", [(N,), (N, N)])
+def test_non_finite_metric_is_an_error(shape, bad):
+    metric = torch.ones(shape)
+    metric[-1] = bad
+    total = metric.numel()
+    with pytest.raises(NumericalError, match=rf"metric has {total // N} of {total} non-finite values"):
+        shrink(metric, 0.01)
+
+
+@pytest.mark.parametrize("smallest", [-1.0, -2 * INDEFINITE_TOLERANCE])
+def test_indefinite_metric_is_an_error_that_says_how_much(smallest):
+    metric = with_eigenvalues([1.0, 1.0, 0.5, 0.5, 0.1, smallest])
+    with pytest.raises(NumericalError, match=rf"indefinite metric: eigenvalues from {smallest:.3g} to 1,"):
+        metric_root(metric)
+
+
+def test_negative_metric_is_an_error():
+    with pytest.raises(NumericalError, match="indefinite"):
+        metric_root(-positive())
+
+
+def test_gram_that_was_accumulated_in_half_precision_is_refused():
+    """Fewer tokens than features, rounded to bfloat16: eigenvalues that must be zero are not."""
+    x = torch.randn(8, 64, dtype=torch.float64)
+    gram = x.T @ x
+    metric_root(shrink(gram.float(), 0.0))
+    with pytest.raises(NumericalError, match="Accumulate statistics in float32"):
+        metric_root(shrink(gram.bfloat16(), 0.0))
