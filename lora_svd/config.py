@@ -132,11 +132,13 @@ class LoraSVDConfig(PeftConfig):
                 raise LoraSVDError(f"compact_ranks: {name} has rank {rank!r}, expected a positive integer")
 
     def _check_layers(self) -> None:
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+        # "all-linear" stands for a list of names and is no regular expression.
+        is_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if is_regex and self.layers_to_transform is not None:
             raise LoraSVDError(
                 "`layers_to_transform` cannot be used when `target_modules` is a str: name them in a list"
             )
-        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+        if is_regex and self.layers_pattern is not None:
             raise LoraSVDError("`layers_pattern` cannot be used when `target_modules` is a str: name them in a list")
         if self.layers_pattern and self.layers_to_transform is None:
             raise LoraSVDError("When `layers_pattern` is specified, `layers_to_transform` must also be specified")

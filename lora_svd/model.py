@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
@@ -46,6 +52,16 @@ class LoraSVDModel(BaseTuner):
         if not hasattr(self, "_shared_gram"):
             self._shared_gram = SharedGram()
             self._given_ranks: dict[str, dict[str, int] | None] = {}  # compact_ranks that the user chose, by adapter
+
+    def _prepare_model(self, peft_config: LoraSVDConfig, model: nn.Module) -> None:
+        """Let ``layers_to_transform`` choose among all linear layers, too; PEFT would pass it over without a word."""
+        if peft_config.target_modules != "all-linear" or peft_config.layers_to_transform is None:
+            return
+        _maybe_include_all_linear_layers(peft_config, model)
+        names = peft_config.target_modules or ()
+        by_suffix = ((name, replace(peft_config, target_modules=[name.rpartition(".")[2]])) for name in names)
+        chosen = {name for name, config in by_suffix if check_target_module_exists(config, name)}
+        peft_config.target_modules = chosen  # pyright: ignore[reportAttributeAccessIssue] - as in PEFT
 
     def _create_and_replace(
         self,
@@ -157,7 +173,8 @@ class LoraSVDModel(BaseTuner):
         """Choose ranks for the budget and let factors stand for the weights. Nothing changes if a layer fails."""
         config = self._config(adapter_name)
         layers, inputs, settings = self._pipeline(adapter_name)
-        self._remember_given_ranks(adapter_name)
+        if not config.compressed:  # afterwards compact_ranks is what is in force, chosen or given
+            self._given_ranks[adapter_name] = config.compact_ranks
         given = self._given_ranks.get(adapter_name)
         if param_ratio == 1:
             ranks = {name: layer.shape.full_rank for name, layer in inputs.items()}
@@ -171,12 +188,6 @@ class LoraSVDModel(BaseTuner):
         for name, layer in layers.items():
             layer.set_factors(adapter_name, factors[name])
             layer.observe(adapter_name, config)
-
-    def _remember_given_ranks(self, adapter_name: str) -> None:
-        """Until the first compression ``compact_ranks`` holds what the user chose, afterwards what is in force."""
-        config = self._config(adapter_name)
-        if not config.compressed:
-            self._given_ranks[adapter_name] = config.compact_ranks
 
     def _pipeline(
         self, adapter_name: str
@@ -315,13 +326,14 @@ class LoraSVDModel(BaseTuner):
             layer = known.get(module_name.removeprefix("base_model.model."))
             if layer is not None:
                 layer.allocate_state(adapter_name, attribute, tensor)
-        tuner = next(module for module in model.modules() if isinstance(module, cls))
-        tuner._remember_given_ranks(adapter_name)
+        given = next((module._given_ranks for module in model.modules() if isinstance(module, cls)), {})
+        if not config.compressed:
+            given[adapter_name] = config.compact_ranks
         config.compressed = any(layer.factors(adapter_name) is not None for layer in known.values())
         if config.compressed:
             config.compact_ranks = {name: layer.kept_rank(adapter_name) for name, layer in known.items()}
         else:
-            config.compact_ranks = tuner._given_ranks.get(adapter_name)
+            config.compact_ranks = given.get(adapter_name)
         for layer in known.values():
             layer.observe(adapter_name, config)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)

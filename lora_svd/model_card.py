@@ -35,7 +35,7 @@ tokenizer = AutoTokenizer.from_pretrained("$folder")
 ```
 
 > **Warning.** This needs the package `lora-svd`, and `import lora_svd` before loading. Without the import transformers
-> does not know the low-rank layers, reports `MISMATCH` for their weights and refuses to load. Do not talk it into loading
+> does not know the low-rank layers, reports `MISMATCH` for their weights and refuses to load. Do not talk it into it
 > with `ignore_mismatched_sizes=True`: these layers would have *random* weights.
 
 ## Results

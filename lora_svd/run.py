@@ -153,17 +153,15 @@ def _train(model: PreTrainedModel, blocks: Tensor, recipe: Recipe) -> Any:
         tuned = get_peft_model(model, recipe.config)
     except (ValueError, TypeError) as error:  # how PEFT refuses a configuration, LoraSVDError included
         raise LoraSVDError(str(error)) from error
+    use_cache = getattr(model.config, "use_cache", None)
     trainer = Trainer(
         model=tuned,
         args=recipe.training,
         train_dataset=[{"input_ids": block, "labels": block} for block in blocks],  # pyright: ignore[reportArgumentType] - any sized sequence will do
         callbacks=[LoraSVDCallback()],
     )
-    use_cache = getattr(model.config, "use_cache", None)
     trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
-    if (
-        use_cache is not None
-    ):  # Trainer turns it off and would leave it so in the saved model, which generates slowly then
+    if use_cache is not None:  # Trainer turns it off, and the saved model would generate slowly
         model.config.use_cache = use_cache
     return tuned
 
@@ -197,11 +195,11 @@ def _check_reloaded(after: Perplexity, reloaded: Perplexity, folder: Path) -> No
 
 
 def _continue_prompt(model: Any, tokenizer: PreTrainedTokenizerBase, run: CompressArguments) -> str:
-    """The prompt and its most probable continuation; empty without a prompt."""
+    """The prompt and its greedy continuation, the penalty lest a small model repeats itself; empty without a prompt."""
     if not run.prompt:
         return ""
     given = tokenizer(run.prompt, return_tensors="pt").to(model.device)
-    ids = model.generate(**given, max_new_tokens=run.max_new_tokens, do_sample=False)
+    ids = model.generate(**given, max_new_tokens=run.max_new_tokens, do_sample=False, repetition_penalty=1.2)
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))
 
 

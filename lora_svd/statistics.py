@@ -157,16 +157,18 @@ class LayerStatistics:
 
 
 class Observe(torch.autograd.Function):
-    """The identity on y that hands (x, dL/dy) to ``sink`` in the backward pass.
+    """The identity on y that hands (x, dL/dy) to ``sink`` in the backward pass. y must not be a view.
 
-    x is saved by autograd, so gradient checkpointing recomputes it instead of keeping it.
+    y comes back itself, marked as changed: a view or a copy could not be changed in place afterwards, as some models
+    do, or would take memory. x is saved by autograd, so gradient checkpointing recomputes it instead of keeping it.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor, sink: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.sink = sink
-        return y.view_as(y)
+        ctx.mark_dirty(y)
+        return y
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[None, Tensor, None]:

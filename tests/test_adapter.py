@@ -1,0 +1,173 @@
+"""The adapter as PEFT users handle it, whole and compressed: save, load, merge, unmerge, disable, several at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import ARCHITECTURES, LLAMA, assert_bit_equal, logits, make_trainer, settings, tensors, trained, wrap
+from peft import PeftModel
+
+from lora_svd import LoraSVDError
+from lora_svd.compact import parameter_report
+
+BOTH_STATES = pytest.mark.parametrize("warmup", [2, 5], ids=["compressed", "whole"])
+
+
+def run(name: str = "llama", *, warmup: int = 2) -> PeftModel:
+    """Five steps; a warm-up of 5 ends in the last one, so two fewer steps leave the weights whole."""
+    architecture = ARCHITECTURES[name]
+    model = wrap(architecture, warmup=warmup, total_steps=5, lora_dropout=0.1)
+    for step, sample in enumerate(architecture.data(2 if warmup == 5 else 5)):
+        model.train()
+        model(**{key: value[None] for key, value in sample.items()}).loss.backward()
+        model.base_model.update_and_allocate(step)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.1 * parameter.grad
+        model.zero_grad()
+    assert model.peft_config["default"].compressed == (warmup == 2)
+    return model.eval()
+
+
+@BOTH_STATES
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_saved_adapter_loads_bit_equal(name: str, low_cpu_mem_usage: bool, warmup: int, tmp_path: Path) -> None:
+    model = run(name, warmup=warmup)
+    model.save_pretrained(tmp_path)
+    base = ARCHITECTURES[name].build()
+    again = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage, is_trainable=warmup == 5)
+    assert again.peft_config["default"].compressed == (warmup == 2)
+    assert_bit_equal(tensors(again), tensors(model))
+    assert torch.equal(logits(again, ARCHITECTURES[name]), logits(model, ARCHITECTURES[name]))
+
+
+def test_compressed_adapter_loads_through_transformers(tmp_path: Path) -> None:
+    model = run()
+    model.save_pretrained(tmp_path)
+    base = LLAMA.build()
+    base.load_adapter(str(tmp_path))
+    assert torch.equal(logits(base), logits(model))
+
+
+@BOTH_STATES
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_merge_unmerge_disable(name: str, warmup: int) -> None:
+    architecture = ARCHITECTURES[name]
+    model = run(name, warmup=warmup)
+    before, expected = tensors(model), logits(model, architecture)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, architecture), logits(architecture.build(), architecture))
+    assert torch.equal(logits(model, architecture), expected)
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(logits(model, architecture), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(logits(model, architecture), logits(architecture.build(), architecture))
+    model.unmerge_adapter()
+    assert_bit_equal(tensors(model), before)
+    assert torch.equal(logits(model, architecture), expected)
+
+
+def test_unload_after_a_merge_returns_the_base() -> None:
+    model = run()
+    model.merge_adapter()
+    assert_bit_equal(tensors(model.unload()), tensors(LLAMA.build()))
+
+
+def test_merging_the_merged_is_refused_and_can_be_undone() -> None:
+    model = run()
+    expected = logits(model)
+    model.merge_adapter()
+    with pytest.raises(LoraSVDError, match="unmerge_adapter"):
+        model.merge_and_unload()
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), expected)
+    assert parameter_report(model.merge_and_unload()).param_ratio <= 0.6
+
+
+def test_two_adapters_one_compressed(tmp_path: Path) -> None:
+    model = run()
+    first, base = logits(model), LLAMA.build()
+    model.add_adapter("second", settings(init_weights=False, target_modules=["q_proj", "down_proj"]))
+    assert torch.equal(logits(model), first)
+    model.set_adapter("second")
+    second = logits(model)
+    assert not torch.allclose(second, logits(base))
+    model.base_model.set_adapter(["default", "second"])
+    assert not torch.allclose(logits(model), first)
+    torch.testing.assert_close(outputs_of(model, "down_proj"), changes(model, base, "down_proj"), rtol=1e-4, atol=1e-5)
+    with pytest.raises(LoraSVDError, match=r"adapter_names: \['default', 'second'\] are 2 adapters"):
+        model.merge_and_unload()
+    both = logits(model)
+    model.merge_adapter(["default", "second"])
+    torch.testing.assert_close(logits(model), both, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    model.save_pretrained(tmp_path / "both")
+    again = PeftModel.from_pretrained(LLAMA.build(), tmp_path / "both")
+    again.load_adapter(tmp_path / "both" / "second", "second")
+    assert torch.equal(logits(again), first)
+    again.set_adapter("second")
+    torch.testing.assert_close(logits(again), second)
+    model.set_adapter("default")
+    compact = model.merge_and_unload()
+    assert parameter_report(compact).param_ratio <= 0.6
+    assert not hasattr(compact, "peft_config")
+
+
+def outputs_of(model: torch.nn.Module, suffix: str) -> torch.Tensor:
+    """What every layer of that name answers to the same input."""
+    x = torch.randn(3, 48, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        layers = [module for name, module in model.named_modules() if name.endswith(suffix) and callable(module)]
+        return torch.stack([layer(x) for layer in layers])
+
+
+def changes(model: PeftModel, base: torch.nn.Module, suffix: str) -> torch.Tensor:
+    """The base's answer and, added up, what each adapter by itself changes in it."""
+    dense = outputs_of(base, suffix)
+    total = dense.clone()
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        total += outputs_of(model, suffix) - dense
+    model.base_model.set_adapter(["default", "second"])
+    return total
+
+
+def test_training_goes_on_after_loading_a_whole_adapter(tmp_path: Path) -> None:
+    """What was observed before counts on: a run in two halves saw all its tokens."""
+    model = run(warmup=5)
+    model.save_pretrained(tmp_path / "half")
+    again = PeftModel.from_pretrained(LLAMA.build(), tmp_path / "half", is_trainable=True)
+    name = "base_model.model.model.layers.0.mlp.up_proj"
+    before = again.get_submodule(name).statistics("default").counts["token"]
+    make_trainer(again, tmp_path, steps=6).train()
+    assert again.get_submodule(name).statistics("default").counts["token"] > before > 0
+    assert parameter_report(again.merge_and_unload()).param_ratio <= 0.6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_base(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Adapter and factors are float32, the compact model is what the base was."""
+    base = LLAMA.build().to(dtype)
+    model = PeftModel(base, settings())
+    make_trainer(model, tmp_path, learning_rate=1e-3).train()
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    assert layer.factors("default").left.dtype == torch.float32
+    compact = model.merge_and_unload()
+    assert {parameter.dtype for parameter in compact.parameters()} == {dtype}
+    expected = logits(compact)
+    assert torch.isfinite(expected).all()
+    compact.save_pretrained(tmp_path / "compact")
+    assert torch.equal(logits(LLAMA.model.from_pretrained(tmp_path / "compact")), expected)
+
+
+def test_adapter_of_a_trainer_checkpoint_loads_alone(tmp_path: Path) -> None:
+    model = wrap(warmup=2)
+    make_trainer(model, tmp_path, steps=4, save_strategy="steps", save_steps=4).train()
+    again = PeftModel.from_pretrained(LLAMA.build(), tmp_path / "checkpoint-4")
+    assert torch.equal(logits(again), logits(model))
+    assert trained(tmp_path / "again", warmup=2, steps=4).peft_config["default"].compact_ranks == (
+        again.peft_config["default"].compact_ranks
+    )

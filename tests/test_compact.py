@@ -1,0 +1,276 @@
+"""A compact model is a plain transformers model: used, trained, saved, loaded and adapted like any other."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import ARCHITECTURES, assert_bit_equal, logits, make_trainer, tensors, trained
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
+import lora_svd
+from lora_svd import LoraSVDError
+from lora_svd.compact import LowRankLinear, parameter_report, save_compact
+
+FORMATS = ["pivoted", "factors"]
+AUTO = {"t5": AutoModelForSeq2SeqLM, "bert": AutoModelForSequenceClassification, "vit": AutoModelForImageClassification}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Compact models of every architecture, and of both formats for Llama, by name; read only."""
+    root = tmp_path_factory.mktemp("compact")
+    variants = {name: (name, "pivoted") for name in ARCHITECTURES}
+    variants |= {f"llama-{form}": ("llama", form) for form in FORMATS}
+    for folder, (name, form) in variants.items():
+        model = trained(root / "run", ARCHITECTURES[name], factor_format=form)
+        save_compact(model.merge_and_unload(), root / folder)
+    return {folder: root / folder for folder in variants}
+
+
+@pytest.fixture(params=[f"llama-{form}" for form in FORMATS])
+def folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
+    return folders[request.param]
+
+
+def load(folder: Path, **changes: Any) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, **changes)
+
+
+def reloaded(model: PreTrainedModel, folder: Path, **changes: Any) -> PreTrainedModel:
+    model.save_pretrained(folder, **changes)
+    return load(folder)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_auto_class_loads_every_architecture(name: str, folders: dict[str, Path]) -> None:
+    """Nothing missing, nothing left over, nothing that marks the model as quantized."""
+    model, info = AUTO.get(name, AutoModelForCausalLM).from_pretrained(folders[name], output_loading_info=True)
+    assert isinstance(model, ARCHITECTURES[name].model)
+    assert not any(info.values())
+    assert not getattr(model, "is_quantized", False)
+    assert not hasattr(model, "hf_quantizer")
+    assert any(isinstance(module, LowRankLinear) for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_generates_the_same_after_reloading(folder: Path, tmp_path: Path) -> None:
+    model = load(folder)
+    prompt = {"input_ids": torch.tensor([[1, 5, 9]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    written = model.generate(**prompt, max_new_tokens=6, do_sample=False)
+    assert written.shape[1] > 3
+    assert torch.equal(reloaded(model, tmp_path).generate(**prompt, max_new_tokens=6, do_sample=False), written)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype, folder: Path, tmp_path: Path) -> None:
+    expected = logits(load(folder))
+    cast = load(folder).to(dtype)
+    assert {parameter.dtype for parameter in cast.parameters()} == {dtype}
+    torch.testing.assert_close(logits(cast), expected, rtol=0.1, atol=0.1)
+    assert_bit_equal(tensors(reloaded(cast, tmp_path)), tensors(cast))
+    assert_bit_equal(tensors(load(folder, dtype=dtype)), tensors(cast))
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto"])
+def test_shards_and_device_map(device_map: str, folder: Path, tmp_path: Path) -> None:
+    model = load(folder)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    mapped = load(tmp_path, device_map=device_map)
+    assert torch.equal(logits(mapped), logits(model))
+    assert_bit_equal(tensors(reloaded(load(tmp_path), tmp_path / "again")), tensors(model))
+
+
+def test_full_fine_tune(folder: Path, tmp_path: Path) -> None:
+    model = load(folder)
+    before = tensors(model)
+    make_trainer(model, tmp_path, callbacks=[]).train()
+    trained_names = [name for name, _ in model.named_parameters()]
+    after = tensors(model)
+    assert all(not torch.equal(after[name], before[name]) for name in trained_names)
+    assert_bit_equal(tensors(reloaded(model, tmp_path / "tuned")), after)
+
+
+def test_lora_on_top(folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    model = get_peft_model(load(folder), LoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM"))
+    make_trainer(model, tmp_path, callbacks=[]).train()
+    expected = logits(model)
+    assert not torch.equal(expected, logits(load(folder)))
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(PeftModel.from_pretrained(load(folder), tmp_path / "adapter")), expected)
+    merged = model.merge_and_unload()
+    assert parameter_report(merged) == parameter_report(load(folder))
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(logits(reloaded(merged, tmp_path / "merged")), logits(merged))
+
+
+def test_without_its_head_and_with_another(folder: Path, tmp_path: Path) -> None:
+    whole, headless = load(folder).eval(), AutoModel.from_pretrained(folder).eval()
+    assert_bit_equal(tensors(headless), tensors(whole.model))
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    assert_bit_equal(tensors(classifier.model), tensors(whole.model))
+    for model, again in ((headless, AutoModel), (classifier, AutoModelForSequenceClassification)):
+        model.save_pretrained(tmp_path)
+        assert_bit_equal(tensors(again.from_pretrained(tmp_path)), tensors(model))
+    headless.save_pretrained(tmp_path / "headless")
+    assert_bit_equal(tensors(load(tmp_path / "headless").model), tensors(whole.model))
+
+
+NEW_PROCESS = """
+import sys
+import torch, transformers
+{imports}
+for folder, name in zip(sys.argv[1::2], sys.argv[2::2]):
+    saved = torch.load(folder + "-logits", weights_only=True)
+    try:
+        model = getattr(transformers, name).from_pretrained(folder).eval()
+        with torch.no_grad():
+            print(torch.equal(model(**saved["inputs"]).logits.float(), saved["logits"]))
+    except RuntimeError as error:
+        print("mismatch" if "ignore_mismatched_sizes" in str(error) else error)
+"""
+
+
+@pytest.mark.parametrize(("imports", "says"), [("import lora_svd", "True"), ("", "mismatch")])
+def test_new_process_needs_lora_svd(imports: str, says: str, folders: dict[str, Path]) -> None:
+    """With it the logits are the same to the bit; without it loading fails, and does not give random weights."""
+    arguments = []
+    for folder, path in folders.items():
+        architecture = ARCHITECTURES[folder.partition("-")[0]]
+        model = architecture.model.from_pretrained(path)
+        torch.save({"inputs": architecture.inputs(), "logits": logits(model, architecture)}, f"{path}-logits")
+        arguments += [str(path), architecture.model.__name__]
+    command = [sys.executable, "-W", "ignore", "-c", NEW_PROCESS.format(imports=imports), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(Path(lora_svd.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [says] * len(folders), done.stderr
+
+
+def edited(folder: Path, copy: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of a compact model with something else in its description."""
+    load(folder).save_pretrained(copy)
+    config = json.loads((copy / "config.json").read_text())
+    change(config["quantization_config"])
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda said: said["ranks"].update({UP: 3}), rf"{UP}: .* have rank \d+, its config.json says 3"),
+        (lambda said: said["ranks"].update({UP: 32}), rf"{UP}: .* have rank \d+, its config.json says 32"),
+        (lambda said: said["ranks"].update({UP: 0}), rf"{UP}: .* says 0"),
+        (lambda said: said["ranks"].update({"lm_head": 3}), "lm_head: .* have rank 32, its config.json says 3"),
+        (lambda said: said["ranks"].update({"model.layers.7.x": 3}), r"model\.layers\.7\.x: .*no such module"),
+        (lambda said: said.update(format_version=2), "format_version: .* has 2, .* reads 1; upgrade lora_svd"),
+        (lambda said: said.update(factor_format="xyz"), r"factor_format: .*'xyz', expected one of \['factors', 'piv"),
+    ],
+)
+def test_description_that_contradicts_the_tensors(
+    change: Callable[[dict[str, Any]], object], message: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    tuned = load(folders["llama"])
+    tuned.config.tie_word_embeddings, tuned.all_tied_weights_keys = False, {}
+    tuned.lm_head.weight = torch.nn.Parameter(tuned.lm_head.weight.detach() + 1)
+    tuned.save_pretrained(tmp_path / "untied")
+    with pytest.raises(LoraSVDError, match=message):
+        load(edited(tmp_path / "untied", tmp_path / "edited", change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda said: said["ranks"].pop(UP),
+        lambda said: said.pop("ranks"),
+        lambda said: said.update(factor_format="factors"),
+    ],
+)
+def test_description_that_leaves_tensors_without_a_place(
+    change: Callable[[dict[str, Any]], object], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        load(edited(folders["llama"], tmp_path, change))
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def failing_save(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save_pretrained(folder: Path) -> None:
+        (Path(folder) / "model.safetensors").write_bytes(b"part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model, "save_pretrained", save_pretrained)
+
+
+def test_failed_save_leaves_the_previous_model_and_no_debris(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(folders["llama"])
+    save_compact(model, tmp_path / "model")
+    broken = load(folders["llama-factors"])
+    with monkeypatch.context() as patch:
+        failing_save(broken, patch)
+        with pytest.raises(OSError, match="No space left"):
+            save_compact(broken, tmp_path / "model")
+    with monkeypatch.context() as patch:
+        rename = Path.rename
+        patch.setattr(Path, "rename", lambda a, b: broken_rename() if "-old" not in f"{a}{b}" else rename(a, b))
+        with pytest.raises(OSError, match="Input/output error"):
+            save_compact(broken, tmp_path / "model")
+    assert files(tmp_path) == {"model"}
+    assert_bit_equal(tensors(load(tmp_path / "model")), tensors(model))
+    save_compact(broken, tmp_path / "model")
+    assert files(tmp_path) == {"model"}
+    assert_bit_equal(tensors(load(tmp_path / "model")), tensors(broken))
+
+
+def broken_rename() -> None:
+    raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize("put_in_place", [False, True])
+def test_save_after_a_process_was_killed_while_saving(
+    put_in_place: bool, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before or after the new folder took its place: the old one lies beside it under another name."""
+    model = load(folders["llama"])
+    save_compact(model, tmp_path / ".model-old")
+    if put_in_place:
+        save_compact(model, tmp_path / "model")
+    with monkeypatch.context() as patch:
+        failing_save(model, patch)
+        with pytest.raises(OSError, match="No space left"):
+            save_compact(model, tmp_path / "model")
+    assert_bit_equal(tensors(load(tmp_path / "model")), tensors(model))
+    save_compact(model, tmp_path / "model")
+    assert files(tmp_path) == {"model"}
+
+
+def test_folder_of_something_else_is_not_replaced(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("ten years")
+    with pytest.raises(LoraSVDError, match=f"folder: {tmp_path} holds something else"):
+        save_compact(load(folders["llama"]), tmp_path)
+    assert files(tmp_path) == {"thesis.tex"}

@@ -1,0 +1,260 @@
+"""From a config to a compact model: every architecture, preset and form, the Trainer and the hand-written loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import (
+    ARCHITECTURES,
+    LLAMA,
+    assert_bit_equal,
+    linear_sizes,
+    logits,
+    make_trainer,
+    tensors,
+    trained,
+    wrap,
+)
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from lora_svd.compact import LowRankLinear, parameter_report
+from lora_svd.importance import IMPORTANCES
+from lora_svd.layer import LoraSVDLinear
+
+
+def assert_plain(model: nn.Module) -> None:
+    """No trace of PEFT: a transformers model whose every parameter can be trained."""
+    assert isinstance(model, PreTrainedModel)
+    assert not any(
+        isinstance(module, (PeftModel, BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in model.modules()
+    )
+    assert not hasattr(model, "peft_config")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def assert_kept(model: nn.Module, param_ratio: float) -> None:
+    """At most the requested size, and no further below than one rank of the widest layer."""
+    report = parameter_report(model)
+    assert report.param_ratio <= param_ratio
+    assert report.param_ratio > param_ratio - 0.01
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_comes_out_plain_smaller_and_equal_after_reloading(name: str, tmp_path: Path) -> None:
+    architecture = ARCHITECTURES[name]
+    model = trained(tmp_path / "run", architecture)
+    before = logits(model, architecture)
+    compact = model.merge_and_unload()
+    assert_plain(compact)
+    assert_kept(compact, 0.6)
+    after = logits(compact, architecture)
+    assert torch.isfinite(after).all()
+    assert not torch.equal(after, before)  # the bypass is absorbed into the same rank
+    compact.save_pretrained(tmp_path / "compact")
+    reloaded = architecture.model.from_pretrained(tmp_path / "compact")
+    assert_bit_equal(tensors(reloaded), tensors(compact))
+    assert torch.equal(logits(reloaded, architecture), after)
+    assert parameter_report(reloaded) == parameter_report(compact)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("compensation", ["absorb", "keep"])
+@pytest.mark.parametrize("factor_format", ["pivoted", "factors"])
+def test_every_form(name: str, compensation: str, factor_format: str, tmp_path: Path) -> None:
+    architecture = ARCHITECTURES[name]
+    model = trained(tmp_path, architecture, compensation=compensation, factor_format=factor_format, r=2)
+    before = logits(model, architecture)
+    compact = model.merge_and_unload()
+    assert_kept(compact, 0.6)
+    low_rank = [module for module in compact.modules() if isinstance(module, LowRankLinear)]
+    assert {module.factor_format for module in low_rank} == {factor_format}
+    if compensation == "keep":  # nothing is cut at merge
+        torch.testing.assert_close(logits(compact, architecture), before, rtol=1e-4, atol=1e-4)
+    compact.save_pretrained(tmp_path / "compact")
+    reloaded = architecture.model.from_pretrained(tmp_path / "compact")
+    assert torch.equal(logits(reloaded, architecture), logits(compact, architecture))
+
+
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+@pytest.mark.parametrize("importance", IMPORTANCES)
+def test_every_importance(importance: str, allocation: str, tmp_path: Path) -> None:
+    compact = trained(tmp_path, importance=importance, allocation=allocation).merge_and_unload()
+    assert torch.isfinite(logits(compact)).all()
+    assert parameter_report(compact).param_ratio <= 0.6
+    assert compact.config.quantization_config.method["importance"] == importance
+
+
+def kept_by_step(tmp_path: Path, **changes: float) -> list[float]:
+    """The share of the targeted weights kept after each step of a Trainer run, and after the merge."""
+    model = wrap(importance="activation", rank_multiple=1, **changes)
+    shares = []
+    original = model.base_model.update_and_allocate
+
+    def update_and_allocate(*args: int, **kwargs: int) -> None:
+        original(*args, **kwargs)
+        shares.append(share(model))
+
+    model.base_model.update_and_allocate = update_and_allocate
+    make_trainer(model, tmp_path, steps=10).train()
+    return [*shares, parameter_report(model.merge_and_unload()).param_ratio]
+
+
+def share(model: PeftModel) -> float:
+    """Kept / original numbers of the targeted weights, pivoted, from the shapes of the factors."""
+    kept = total = 0
+    for layer in (module for module in model.modules() if isinstance(module, LoraSVDLinear)):
+        (m, n), factors = layer.dense_weight().shape, layer.factors("default")
+        kept += m * n if factors is None else factors.rank * (m + n - factors.rank)
+        total += m * n
+    return kept / total
+
+
+def test_one_shot_schedule_compresses_once(tmp_path: Path) -> None:
+    shares = kept_by_step(tmp_path, warmup=4)
+    assert shares[:3] == [1, 1, 1]
+    assert all(share == shares[3] for share in shares[3:])
+
+
+def test_cubic_schedule_falls_to_the_target(tmp_path: Path) -> None:
+    shares = kept_by_step(tmp_path, warmup=0.2, compression=6, compression_interval=1)
+    t = torch.arange(7, dtype=torch.float64) / 7
+    cubic = (0.6 + 0.4 * (1 - t[1:]) ** 3).tolist()
+    assert shares[0] == 1
+    for found, budget in zip(shares[1:7], cubic, strict=True):
+        assert budget - 0.01 < found <= budget
+
+
+@pytest.mark.parametrize("schedule", [{"warmup": 3}, {"warmup": 2, "compression": 4, "compression_interval": 2}])
+def test_hand_written_loop_equals_trainer(schedule: dict[str, int], tmp_path: Path) -> None:
+    steps, batches = 8, []
+    by_trainer = wrap(**schedule)
+    trainer = make_trainer(by_trainer, tmp_path, steps=steps, max_grad_norm=0.5, lr_scheduler_type="constant")
+    collate = trainer.data_collator
+    trainer.data_collator = lambda rows: batches.append(collate(rows)) or dict(batches[-1])
+    trainer.optimizer = torch.optim.SGD(adapter_parameters(by_trainer), lr=0.5)
+    trainer.train()
+
+    by_hand = wrap(**schedule, total_steps=steps).train()
+    optimizer = torch.optim.SGD(adapter_parameters(by_hand), lr=0.5)
+    for step, batch in enumerate(batches[:steps]):
+        by_hand(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(adapter_parameters(by_hand), 0.5)
+        by_hand.base_model.update_and_allocate(step)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert by_hand.peft_config["default"].compact_ranks == by_trainer.peft_config["default"].compact_ranks
+    assert_bit_equal(tensors(by_hand), tensors(by_trainer))
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("importance", ["lora_activation", "kronecker"])
+@pytest.mark.parametrize("reload", [False, True])
+def test_another_size_after_the_run(importance: str, reload: bool, tmp_path: Path) -> None:
+    model = trained(tmp_path, importance=importance, r=2)
+    if reload:
+        model.save_pretrained(tmp_path / "adapter")
+        model = PeftModel.from_pretrained(LLAMA.build(), tmp_path / "adapter")
+    tuner, at_first = model.base_model, tensors(model)
+    for param_ratio in (0.9, 0.3, 1.0):
+        tuner.set_param_ratio(param_ratio)
+        assert model.peft_config["default"].param_ratio == param_ratio
+        assert param_ratio - 0.01 < share(model) <= param_ratio
+    tuner.set_param_ratio(0.6)
+    assert_bit_equal(tensors(model), at_first)  # nothing was lost on the way
+    tuner.set_param_ratio(0.4)
+    model.save_pretrained(tmp_path / "smaller")
+    again = PeftModel.from_pretrained(LLAMA.build(), tmp_path / "smaller")
+    assert again.peft_config["default"].param_ratio == 0.4
+    assert torch.equal(logits(again), logits(model))
+    assert_kept(model.merge_and_unload(), 0.4)
+
+
+def test_unload_returns_the_untouched_base(tmp_path: Path) -> None:
+    for name in ("llama", "gpt2"):
+        architecture = ARCHITECTURES[name]
+        expected = tensors(architecture.build())
+        assert_bit_equal(tensors(trained(tmp_path, architecture).unload()), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("how", [{"compact": False}, {"param_ratio": 1.0}])
+def test_dense_base_with_the_lora_merged(name: str, how: dict[str, float], tmp_path: Path) -> None:
+    architecture = ARCHITECTURES[name]
+    model = trained(tmp_path, architecture, param_ratio=how.get("param_ratio", 0.6))
+    expected = tensors(architecture.build())
+    for layer_name, layer in model.base_model._tuner_layers("default"):
+        bypass = layer.scaling["default"] * layer.lora_svd_B["default"].detach() @ layer.lora_svd_A["default"].detach()
+        expected[f"{layer_name}.weight"] += bypass.T if layer.fan_in_fan_out else bypass
+    dense = model.merge_and_unload(compact=how.get("compact", True))
+    assert linear_sizes(dense) == linear_sizes(architecture.build())
+    assert not hasattr(dense.config, "quantization_config")
+    torch.testing.assert_close(tensors(dense), expected)
+    dense.save_pretrained(tmp_path / "dense")
+    assert torch.equal(
+        logits(architecture.model.from_pretrained(tmp_path / "dense"), architecture), logits(dense, architecture)
+    )
+
+
+@pytest.mark.parametrize("schedule", [{}, {"warmup": 1, "compression": 4, "compression_interval": 1}])
+def test_given_ranks_are_used(schedule: dict[str, int], tmp_path: Path) -> None:
+    names = linear_sizes(LLAMA.build()).keys() - {"lm_head"}
+    ranks = {name: 2 + i for i, name in enumerate(sorted(names))}
+    model = trained(tmp_path, compact_ranks=ranks, **schedule)
+    assert model.peft_config["default"].compact_ranks == ranks
+    compact = model.merge_and_unload()
+    assert {name: layer.rank for name, layer in parameter_report(compact).layers.items()} == ranks
+
+
+def test_some_layers_of_all_linear(tmp_path: Path) -> None:
+    compact = trained(tmp_path, layers_to_transform=[1], layers_pattern="layers").merge_and_unload()
+    assert_kept(compact, 0.6)
+    low_rank = [name for name, module in compact.named_modules() if isinstance(module, LowRankLinear)]
+    assert low_rank
+    assert all(name.startswith("model.layers.1.") for name in low_rank)
+
+
+def test_head_in_modules_to_save_is_trained_and_kept(tmp_path: Path) -> None:
+    architecture = ARCHITECTURES["bert"]
+    model = trained(tmp_path, architecture, task_type="SEQ_CLS", modules_to_save=["classifier"])
+    head = model.base_model.model.classifier.modules_to_save["default"].weight.detach().clone()
+    assert not torch.equal(head, architecture.build().classifier.weight)
+    compact = model.merge_and_unload()
+    assert_plain(compact)
+    assert torch.equal(compact.classifier.weight, head)
+    compact.save_pretrained(tmp_path / "compact")
+    assert torch.equal(architecture.model.from_pretrained(tmp_path / "compact").classifier.weight, head)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize(("head_rank", "layer"), [(4, LowRankLinear), (32, nn.Linear)])
+def test_tied_head_that_is_targeted_is_untied(
+    name: str, head_rank: int, layer: type[nn.Module], tmp_path: Path
+) -> None:
+    """A head that stays dense has its own weight too: the bypass is in it."""
+    architecture = ARCHITECTURES[name]
+    base = architecture.build()
+    targets = [key for key in linear_sizes(base) if key.endswith(("q_proj", ".q", "lm_head"))]
+    ranks = {key: head_rank if key == "lm_head" else 4 for key in targets}
+    num_parameters = sum(parameter.numel() for parameter in base.parameters())
+    embedding = base.get_input_embeddings().weight.detach().clone()
+    model = trained(tmp_path, architecture, param_ratio=0.9, target_modules=targets, compact_ranks=ranks)
+    compact = model.merge_and_unload()
+    assert isinstance(compact.get_output_embeddings(), layer)
+    assert torch.equal(compact.get_input_embeddings().weight, embedding)
+    assert parameter_report(compact).dense_parameters == num_parameters
+    expected = logits(compact, architecture)
+    compact.save_pretrained(tmp_path / "compact")
+    reloaded = architecture.model.from_pretrained(tmp_path / "compact")
+    assert_bit_equal(tensors(reloaded), tensors(compact))
+    assert torch.equal(logits(reloaded, architecture), expected)
+    assert parameter_report(reloaded) == parameter_report(compact)

@@ -1,0 +1,65 @@
+"""What the README shows is executed as it stands, each Python block by a process of its own, on a tiny model."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_lm import make_text, save_tiny_lm
+
+from lora_svd.importance import IMPORTANCES
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.timeout(600)
+def test_python_blocks_run(tmp_path: Path):
+    assert len(PYTHON_BLOCKS) == 2
+    # from_pretrained prefers a local folder to the Hub, so the model's name can stay as it is.
+    save_tiny_lm(tmp_path / "HuggingFaceTB" / "SmolLM2-135M", positions=512)
+    (tmp_path / "train.txt").write_text(make_text(3000))
+    (tmp_path / "eval.txt").write_text(make_text(1500, seed=1))
+    for number, block in enumerate(PYTHON_BLOCKS):
+        script = tmp_path / f"block{number}.py"
+        script.write_text(block)
+        done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    param_ratio, model_param_ratio, num_bytes = done.stdout.split()[:3]
+    assert 0.5 < float(param_ratio) <= 0.6 < float(model_param_ratio) < 1
+    assert int(num_bytes) > 0
+    assert re.search(r"[\d.]+ \(1,022 tokens, window 512\)", done.stdout)
+
+
+def test_the_main_block_is_short():
+    """It promises ten lines of use; imports and blank lines aside."""
+    lines = [line for line in PYTHON_BLOCKS[0].splitlines() if line and not line.startswith(("from ", "import "))]
+    assert len(lines) <= 10
+
+
+def test_files_that_are_named_exist():
+    names = set(re.findall(r"`((?:lora_svd|recipes)/[\w./]+)`", README))
+    assert len(names) > 10
+    assert [name for name in sorted(names) if not (ROOT / name).exists()] == []
+    bare = re.search(r"## Files\n(.*?)\n## ", README, re.DOTALL)
+    assert bare is not None
+    modules = set(re.findall(r"`(?:lora_svd/)?(\w+\.py)`", bare[1]))
+    assert modules == {path.name for path in (ROOT / "lora_svd").glob("*.py")} - {"__init__.py", "errors.py"}
+
+
+def test_presets_are_those_of_the_code():
+    section = re.search(r"## Importance\n(.*?)\n## ", README, re.DOTALL)
+    assert section is not None
+    assert set(re.findall(r"^\| `(\w+)`", section[1], re.MULTILINE)) == set(IMPORTANCES)
+
+
+def test_commands_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^ +make (\w+)", README, re.MULTILINE))
+    assert targets == {"demo", "test"}
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+    assert set(re.findall(r"^ +lora-svd (\w+)", README, re.MULTILINE)) == {"compress", "evaluate"}

@@ -1,0 +1,49 @@
+"""A tiny causal language model with its tokenizer, saved as a user's would be, and text that it can learn."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = [f"w{index}" for index in range(60)]
+POSITIONS = 64
+
+
+def make_text(num_words: int, seed: int = 0) -> str:
+    """Words of which each is mostly followed by the next one in the list; one token a word."""
+    rng = random.Random(seed)
+    index, chosen = 0, []
+    for _ in range(num_words):
+        index = (index + 1) % len(WORDS) if rng.random() < 0.8 else rng.randrange(len(WORDS))
+        chosen.append(WORDS[index])
+    return " ".join(chosen)
+
+
+def save_tiny_lm(folder: Path, positions: int = POSITIONS) -> Path:
+    """Save a random Llama with grouped-query attention and tied embeddings, and a tokenizer of one token a word."""
+    torch.manual_seed(0)
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=positions,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
