@@ -36,6 +36,7 @@ class CompressionSettings:
     factor_format: str
     rank_multiple: int
     row_shrinkage: float
+    correlation_shrinkage: float
     column_shrinkage: float
 
 
@@ -68,7 +69,8 @@ def layer_metrics(name: str, layer: LayerInput, weight: Tensor, settings: Compre
             raise LoraSVDError(
                 f"{name}: nothing was observed for importance={settings.importance!r} ({statistic} is missing). Train "
                 "at least one step (loss.backward(), then update_and_allocate(step) or LoraSVDCallback) before "
-                "compressing, or use importance='none'"
+                "compressing, leave a layer that has no part in the loss out with exclude_modules, or use "
+                "importance='none'"
             )
         num_bad = int((~torch.isfinite(seen.sums[statistic])).sum())
         if num_bad:
@@ -78,7 +80,8 @@ def layer_metrics(name: str, layer: LayerInput, weight: Tensor, settings: Compre
             )
     metrics = importance.metrics(seen, weight)
     return Metrics(
-        row=shrink(metrics.row, settings.row_shrinkage), column=shrink(metrics.column, settings.column_shrinkage)
+        row=shrink(metrics.row, settings.row_shrinkage, settings.correlation_shrinkage),
+        column=shrink(metrics.column, settings.column_shrinkage),
     )
 
 

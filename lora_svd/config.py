@@ -58,9 +58,16 @@ class LoraSVDConfig(PeftConfig):
     compression: float = _field(0.0, "Part of the run over which the budget falls on a cubic; 0 = in one step.")
     compression_interval: int = _field(10, "Steps between two factorizations while the budget falls.")
     total_steps: int | None = _field(None, "Optimizer steps of the run, for hand-written loops. Trainer knows it.")
+    distillation: float = _field(
+        0.0, "Share of KL(model with adapters off || compressed model) in the loss of the recovery, in [0, 1]."
+    )
+    train_factors: bool = _field(
+        False, "Train the factors as well in the recovery: better, at the optimizer memory of the kept parameters."
+    )
     rank_multiple: int = _field(8, "Kept ranks are multiples of this, which is what fast kernels want.")
     row_shrinkage: float = _field(1e-2, "Shrinkage of the row metric towards its mean, relative, in [0, 1].")
-    column_shrinkage: float = _field(1e-5, "Shrinkage of the column metric towards its mean, relative, in [0, 1].")
+    correlation_shrinkage: float = _field(0.3, "Shrinkage of a full row metric towards its diagonal, in [0, 1].")
+    column_shrinkage: float = _field(1e-2, "Shrinkage of the column metric towards its mean, relative, in [0, 1].")
 
     r: int = _field(16, "Rank of the LoRA bypass.")
     lora_alpha: int = _field(16, "The bypass is scaled by lora_alpha / r.")
@@ -108,7 +115,7 @@ class LoraSVDConfig(PeftConfig):
         for kind, word, names in (
             (Integral, "an integer", ("r", "compression_interval", "rank_multiple")),
             (Real, "a number", ("param_ratio", "warmup", "compression", "lora_alpha", "lora_dropout")),
-            (Real, "a number", ("row_shrinkage", "column_shrinkage")),
+            (Real, "a number", ("row_shrinkage", "column_shrinkage", "correlation_shrinkage")),
         ):
             for name in names:
                 if not isinstance(getattr(self, name), kind):
@@ -124,7 +131,7 @@ class LoraSVDConfig(PeftConfig):
         for name in ("r", "compression_interval", "rank_multiple"):
             if getattr(self, name) < 1:
                 raise LoraSVDError(f"{name}: got {getattr(self, name)}, expected a positive integer")
-        for name in ("row_shrinkage", "column_shrinkage", "lora_dropout"):
+        for name in ("row_shrinkage", "column_shrinkage", "correlation_shrinkage", "lora_dropout", "distillation"):
             if not 0 <= getattr(self, name) <= 1:
                 raise LoraSVDError(f"{name}: got {getattr(self, name)}, expected a number in [0, 1]")
         for name, rank in (self.compact_ranks or {}).items():
@@ -133,7 +140,7 @@ class LoraSVDConfig(PeftConfig):
 
     def _check_layers(self) -> None:
         # "all-linear" stands for a list of names and is no regular expression.
-        is_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        is_regex = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
         if is_regex and self.layers_to_transform is not None:
             raise LoraSVDError(
                 "`layers_to_transform` cannot be used when `target_modules` is a str: name them in a list"

@@ -43,15 +43,10 @@ def lora_minnorm(seen: LayerStatistics, weight: Tensor) -> Metrics:
 
 
 def lora_activation(seen: LayerStatistics, weight: Tensor) -> Metrics:
-    """LoRA gradients for the rows, in units of loss, and ``X = E[x x^T]`` for the columns.
-
-    ``c_i = ( sum_j J_ij / sum_j w_ij^2 ) n / tr(X)``: dividing J by the energy of weights and input leaves an
-    estimate of ``E[g_i^2]`` from LoRA gradients alone. Rows of zero weight have no sensitivity and get c_i = 0.
+    """The diagonal of ``C = E[g g^T]``, estimated from LoRA's gradients alone, for the rows; ``X = E[x x^T]`` for the
+    columns: :func:`lora_svd.statistics.gradient_rows`. The error is then in units of loss, comparable across layers.
     """
-    gram = seen.mean("input_gram")
-    energy = weight.square().sum(1)
-    sensitivity = seen.mean("lora_rows") / energy.clamp_min(1e-30 + 1e-12 * float(energy.mean()))
-    return Metrics(row=sensitivity / max(float(gram.diagonal().mean()), 1e-300), column=gram)
+    return Metrics(row=seen.mean("gradient_rows"), column=seen.mean("input_gram"))
 
 
 def fisher(seen: LayerStatistics, weight: Tensor) -> Metrics:
@@ -90,7 +85,7 @@ def plain(seen: LayerStatistics, weight: Tensor) -> Metrics:
 IMPORTANCES: dict[str, Importance] = {
     "lora": Importance(("lora_rows",), lora),
     "lora_minnorm": Importance(("minnorm_rows",), lora_minnorm),
-    "lora_activation": Importance(("lora_rows", "input_gram"), lora_activation),
+    "lora_activation": Importance(("gradient_rows", "input_gram"), lora_activation),
     "fisher": Importance(("weight_gradient_rows",), fisher),
     "activation_scale": Importance(("input_abs",), activation_scale),
     "activation": Importance(("input_gram",), activation),

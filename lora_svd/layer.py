@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .allocation import LayerShape
-from .decompositions import Factors
+from .decompositions import Factors, balance
 from .errors import LoraSVDError, NumericalError
 from .importance import IMPORTANCES
 from .peft_type import PREFIX
@@ -24,7 +24,11 @@ from .statistics import COUNTS, STATISTICS, LayerStatistics, Observe, SharedGram
 if TYPE_CHECKING:
     from .config import LoraSVDConfig
 
-_STATE = (*STATISTICS, "counts", "left", "right")
+_STATE = (*STATISTICS, "counts")
+_FACTORS = ("left", "right")
+# Factors are stored this much larger, so that a step of an optimizer like Adam, whose length does not depend on the
+# gradient's, moves them less than it moves the bypass: 2.5e-4 of their unit at a learning rate of 1e-3.
+_FACTOR_SCALE = 4.0
 
 
 class LoraSVDLinear(nn.Module, BaseTunerLayer):
@@ -36,7 +40,13 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("lora_svd_A", "lora_svd_B")
-    other_param_names = ("r", "lora_alpha", "scaling", "lora_svd_dropout", *(PREFIX + name for name in _STATE))
+    other_param_names = (
+        "r",
+        "lora_alpha",
+        "scaling",
+        "lora_svd_dropout",
+        *(PREFIX + name for name in (*_STATE, *_FACTORS)),
+    )
     base_layer: nn.Module
 
     def __init__(self, base_layer: nn.Module, shared: SharedGram, **kwargs: Any) -> None:
@@ -54,6 +64,8 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
         self.lora_svd_B = nn.ParameterDict()
         for name in _STATE:
             setattr(self, PREFIX + name, BufferDict(persistent=True))
+        for name in _FACTORS:
+            setattr(self, PREFIX + name, nn.ParameterDict())
         self._observed: dict[str, tuple[str, ...]] = {}
         self._shared = shared
         self._unmerged: Tensor | None = None
@@ -87,11 +99,11 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
             nn.init.zeros_(self.lora_svd_B[adapter_name])
         else:
             nn.init.kaiming_uniform_(self.lora_svd_B[adapter_name], a=math.sqrt(5))
-        self._move_adapter_to_device_of_base_layer(adapter_name)
         rank = (config.compact_ranks or {}).get(key)
         if config.compressed and rank is not None and rank < min(self.in_features, self.out_features):
             zeros = Factors(torch.zeros(self.out_features, rank), torch.zeros(rank, self.in_features))
-            self.set_factors(adapter_name, zeros)
+            self.set_factors(adapter_name, zeros, trainable=config.train_factors and not config.inference_mode)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self.observe(adapter_name, config)
 
@@ -116,24 +128,33 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
     def factors(self, adapter_name: str) -> Factors | None:
         """The factors that stand for the weight, or None while it is whole or stays dense."""
         left, right = self._state("left"), self._state("right")
-        return Factors(left[adapter_name], right[adapter_name]) if adapter_name in left else None
+        if adapter_name not in left:
+            return None
+        return Factors(left[adapter_name] / _FACTOR_SCALE, right[adapter_name] / _FACTOR_SCALE)
 
     def kept_rank(self, adapter_name: str) -> int:
         """Rank of the factors; ``min(out, in)`` where the weight is whole."""
         factors = self.factors(adapter_name)
         return min(self.in_features, self.out_features) if factors is None else factors.rank
 
-    def set_factors(self, adapter_name: str, factors: Factors | None) -> None:
-        """Let factors stand for the weight from now on, in float32; None restores the whole weight."""
-        # With low_cpu_mem_usage A is empty at first, on the meta device, from which PEFT cannot move buffers.
+    def trainable_factors(self) -> Iterator[nn.Parameter]:
+        """The factors that are trained."""
+        for name in _FACTORS:
+            yield from (p for p in getattr(self, PREFIX + name).parameters() if p.requires_grad)
+
+    def set_factors(self, adapter_name: str, factors: Factors | None, *, trainable: bool = False) -> None:
+        """Let factors stand for the weight from now on, in float32, balanced; None restores the whole weight."""
+        # With low_cpu_mem_usage A is empty at first, on the meta device.
         A = self.lora_svd_A[adapter_name]
         device = torch.device("cpu") if A.is_meta else A.device
-        for name in ("left", "right"):
-            buffers = self._state(name)
-            if factors is not None:
-                buffers[adapter_name] = getattr(factors, name).to(device, torch.float32).contiguous()
-            elif adapter_name in buffers:
-                del buffers[adapter_name]
+        balanced = balance(factors) if factors is not None else None
+        for name in _FACTORS:
+            stored = self._state(name)
+            if balanced is not None:
+                tensor = _FACTOR_SCALE * getattr(balanced, name).to(device, torch.float32).contiguous()
+                stored[adapter_name] = nn.Parameter(tensor, requires_grad=trainable)
+            elif adapter_name in stored:
+                del stored[adapter_name]
 
     # -- observation ---------------------------------------------------------------------------------------------------
 
@@ -149,15 +170,18 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
 
     def reset_state(self, adapter_name: str) -> None:
         """Forget the statistics and factors of this adapter."""
-        for name in _STATE:
+        for name in (*_STATE, *_FACTORS):
             if adapter_name in self._state(name):
                 del self._state(name)[adapter_name]
 
-    def allocate_state(self, adapter_name: str, attribute: str, like: Tensor) -> None:
+    def allocate_state(self, adapter_name: str, attribute: str, like: Tensor, *, trainable: bool) -> None:
         """Make room for a saved statistic or factor; other attributes are passed over."""
-        name = attribute.removeprefix(PREFIX)
+        name, device = attribute.removeprefix(PREFIX), self.lora_svd_A[adapter_name].device
         if name in _STATE:
-            self._state(name)[adapter_name] = torch.empty_like(like, device=self.lora_svd_A[adapter_name].device)
+            self._state(name)[adapter_name] = torch.empty_like(like, device=device)
+        elif name in _FACTORS:
+            room = torch.empty_like(like, device=device)
+            self._state(name)[adapter_name] = nn.Parameter(room, requires_grad=trainable)
 
     def statistics(self, adapter_name: str) -> LayerStatistics:
         """What was observed for this adapter, on the CPU."""
@@ -174,7 +198,9 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
         names = [name for name in self._observed[adapter_name] if STATISTICS[name].per == "step"]
         if names:
             tensors = (t.detach().float() for t in (self.dense_weight(), A, B, A.grad, B.grad))
-            step = StepObservation(*tensors, scaling=self.scaling[adapter_name])
+            grams, counts = self._state("input_gram"), self._state("counts")
+            gram = grams[adapter_name] / counts[adapter_name][COUNTS.index("token")] if adapter_name in grams else None
+            step = StepObservation(*tensors, scaling=self.scaling[adapter_name], input_gram=gram)
             with torch.autocast(device_type=A.device.type, enabled=False):
                 for name in names:
                     self._accumulate(adapter_name, name, STATISTICS[name].of(step))

@@ -36,8 +36,11 @@ class Metrics:
         return Metrics(row=self.column, column=self.row)
 
 
-def shrink(metric: Tensor | None, amount: float) -> Tensor | None:
-    """``(1 - amount) M + amount * mean(diag M) * I``: relative shrinkage towards the identity, in float64.
+def shrink(metric: Tensor | None, amount: float, correlation: float = 0.0) -> Tensor | None:
+    """``(1 - amount) M' + amount * mean(diag M) * I``, M' = M with its off-diagonal times ``1 - correlation``; float64.
+
+    A full metric estimated from few tokens has a good diagonal and noisy correlations: it is shrunk towards the first
+    more than both are towards the identity.
 
     A metric that is zero throughout carries no information and becomes the identity.
 
@@ -56,8 +59,8 @@ def shrink(metric: Tensor | None, amount: float) -> Tensor | None:
         return torch.ones_like(metric) if metric.dim() == 1 else torch.eye(len(metric), dtype=torch.float64)
     if metric.dim() == 1:
         return (1 - amount) * metric + amount * mean
-    shrunk = (1 - amount) * metric
-    shrunk.diagonal().add_(amount * mean)
+    shrunk = (1 - amount) * (1 - correlation) * metric
+    shrunk.diagonal().copy_((1 - amount) * diagonal + amount * mean)
     return shrunk
 
 

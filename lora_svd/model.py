@@ -1,105 +1,33 @@
-"""``LoraSVDModel``: puts the bypasses in, walks through the phases of a run, and hands out the compact model."""
+"""``LoraSVDModel``: walks through the phases of a run and hands out the compact model."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    get_quantization_kwargs,
-    resolve_quantization_backend,
-)
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from .allocation import LayerShape, budget_of, check_budget, given_ranks, kept_parameters
 from .compact import LoraSVDCompactConfig, LowRankLinear, compact_module, describe_compact, untie
 from .compression import CompressionSettings, LayerInput, absorb, choose_ranks, compute_spectra, factorize
 from .config import LoraSVDConfig
 from .decompositions import Factors
+from .distillation import distillation_loss, label_positions
 from .errors import LoraSVDError, NumericalError
+from .injection import InjectedModel
 from .layer import LoraSVDLinear
-from .peft_type import PREFIX
 from .schedule import Schedule, build_schedule
-from .statistics import SharedGram
 
 
-class LoraSVDModel(BaseTuner):
+class LoraSVDModel(InjectedModel):
     """A model whose targeted linear layers carry a LoRA bypass and will be factorized.
 
     ``get_peft_model(model, LoraSVDConfig(...))`` makes one; ``Trainer`` with ``LoraSVDCallback``, or a loop that calls
     :meth:`update_and_allocate`, trains it; :meth:`merge_and_unload` returns the compact model.
     """
-
-    prefix = PREFIX
-    tuner_layer_cls = LoraSVDLinear
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-
-    # -- injection -----------------------------------------------------------------------------------------------------
-
-    def _pre_injection_hook(self, model: nn.Module, config: LoraSVDConfig, adapter_name: str) -> None:
-        if not hasattr(self, "_shared_gram"):
-            self._shared_gram = SharedGram()
-            self._given_ranks: dict[str, dict[str, int] | None] = {}  # compact_ranks that the user chose, by adapter
-
-    def _prepare_model(self, peft_config: LoraSVDConfig, model: nn.Module) -> None:
-        """Let ``layers_to_transform`` choose among all linear layers, too; PEFT would pass it over without a word."""
-        if peft_config.target_modules != "all-linear" or peft_config.layers_to_transform is None:
-            return
-        _maybe_include_all_linear_layers(peft_config, model)
-        names = peft_config.target_modules or ()
-        by_suffix = ((name, replace(peft_config, target_modules=[name.rpartition(".")[2]])) for name in names)
-        chosen = {name for name, config in by_suffix if check_target_module_exists(config, name)}
-        peft_config.target_modules = chosen  # pyright: ignore[reportAttributeAccessIssue] - as in PEFT
-
-    def _create_and_replace(
-        self,
-        peft_config: LoraSVDConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **_: Any,
-    ) -> None:
-        r, alpha = (
-            pattern.get(get_pattern_key(list(pattern), current_key))
-            for pattern in (peft_config.rank_pattern or {}, peft_config.alpha_pattern or {})
-        )
-        if isinstance(target, LoraSVDLinear):
-            target.update_layer(adapter_name, peft_config, key=current_key, r=r, lora_alpha=alpha)
-            return
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not (isinstance(base, (nn.Linear, Conv1D)) or _is_quantized_linear(base)):
-            raise TypeError(
-                f"target_modules: {current_key} is {type(base).__name__}, which is not supported; expected "
-                "torch.nn.Linear, transformers Conv1D or a quantized linear layer. Name other modules, or leave this "
-                "one out with exclude_modules"
-            )
-        if hasattr(base, "support_avx512bf16_for_cpu"):
-            # bitsandbytes on a CPU repacks 4-bit weights in an evaluation pass; dequantization is wrong from then on.
-            setattr(base, "support_avx512bf16_for_cpu", False)  # noqa: B010 - for the type checker
-        new = LoraSVDLinear(target, self._shared_gram, **get_quantization_kwargs(self))
-        new.update_layer(adapter_name, peft_config, key=current_key, r=r, lora_alpha=alpha)
-        if adapter_name not in self.active_adapters:
-            new.requires_grad_(False)
-        self._replace_module(parent, target_name, new, target)
-
-    def _tuner_layers(self, adapter_name: str) -> Iterator[tuple[str, LoraSVDLinear]]:
-        for name, module in self.model.named_modules():
-            if isinstance(module, LoraSVDLinear) and adapter_name in module.lora_svd_A:
-                yield name, module
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -114,7 +42,34 @@ class LoraSVDModel(BaseTuner):
             param_ratio=config.param_ratio,
         )
 
-    def update_and_allocate(self, global_step: int, total_steps: int | None = None) -> None:
+    def _pre_injection_hook(self, model: nn.Module, config: LoraSVDConfig, adapter_name: str) -> None:
+        super()._pre_injection_hook(model, config, adapter_name)
+        if config.distillation and not hasattr(self, "_distillation_hook"):
+            # A hook, because a PeftModel without task_type calls the wrapped model and passes this one by.
+            self._distillation_hook = model.register_forward_hook(self._distill, with_kwargs=True)
+
+    def _distill(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
+        """Once it is compressed, ``distillation`` of the model's loss comes from the model that it was."""
+        configs = [self._config(name) for name in self.active_adapters]
+        share = max((config.distillation for config in configs if config.compressed), default=0.0)
+        if not share or not torch.is_grad_enabled() or getattr(outputs, "loss", None) is None:
+            return
+        given = {name: value for name, value in kwargs.items() if name != "labels"}
+        layers = [module for module in model.modules() if isinstance(module, LoraSVDLinear)]
+        with torch.no_grad(), _switched_off(layers):
+            teacher = model.forward(*args, **given).logits
+        mask = label_positions(outputs.logits, kwargs.get("labels"))
+        distance = distillation_loss(outputs.logits, teacher, mask, kwargs.get("num_items_in_batch"))
+        outputs.loss = (1 - share) * outputs.loss + share * distance
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        if hasattr(self, "_distillation_hook"):
+            self._distillation_hook.remove()
+        return super()._unload_and_optionally_merge(*args, **kwargs)  # pyright: ignore[reportReturnType]
+
+    def update_and_allocate(
+        self, global_step: int, total_steps: int | None = None, optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
         """One step of the method. Call it after the backward pass and before ``optimizer.step()``.
 
         Adds this step's LoRA gradients to the statistics while the model is full size, and factorizes the weights where
@@ -123,6 +78,7 @@ class LoraSVDModel(BaseTuner):
         Args:
             global_step: optimizer steps done so far, 0 in the first call.
             total_steps: length of the run; ``LoraSVDConfig.total_steps`` if not given.
+            optimizer: with ``train_factors``, the optimizer that trains the bypass; it is given the factors as well.
 
         Raises:
             NumericalError: a gradient or a statistic is not finite.
@@ -141,6 +97,8 @@ class LoraSVDModel(BaseTuner):
             budget = schedule.budget(global_step)
             if budget is not None:
                 self._compress(adapter_name, budget)
+                if config.train_factors:
+                    self._train_factors(optimizer)
         self._shared_gram.clear()
 
     def _check_budget(self, adapter_name: str) -> None:
@@ -151,6 +109,19 @@ class LoraSVDModel(BaseTuner):
             given_ranks(config.compact_ranks, shapes, config.param_ratio, config.factor_format)
         else:
             check_budget(shapes, config.param_ratio, config.factor_format)
+
+    def _train_factors(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Hand the factors that now exist to the optimizer, in the order a new one would have them, so that its saved
+        state fits when a run is resumed."""
+        if optimizer is None:
+            raise LoraSVDError("train_factors: got no optimizer; call update_and_allocate(step, optimizer=optimizer)")
+        group = optimizer.param_groups[0]
+        before = {id(parameter) for parameter in group["params"]}
+        factors = {id(p) for m in self.model.modules() if isinstance(m, LoraSVDLinear) for p in m.trainable_factors()}
+        present = [parameter for parameter in self.parameters() if id(parameter) in before | factors]
+        for replaced in set(group["params"]) - set(present):  # by an earlier factorization of a cubic schedule
+            optimizer.state.pop(replaced, None)
+        group["params"] = present
 
     def set_param_ratio(self, param_ratio: float, adapter_name: str | None = None) -> None:
         """Choose another size: factorize again for ``param_ratio`` from what was observed. Before ``merge_and_unload``.
@@ -186,7 +157,7 @@ class LoraSVDModel(BaseTuner):
         factors = dict(factorize(inputs, ranks, settings))
         config.compact_ranks, config.compressed = ranks, True
         for name, layer in layers.items():
-            layer.set_factors(adapter_name, factors[name])
+            layer.set_factors(adapter_name, factors[name], trainable=config.train_factors)
             layer.observe(adapter_name, config)
 
     def _pipeline(
@@ -210,6 +181,7 @@ class LoraSVDModel(BaseTuner):
             factor_format=config.factor_format,
             rank_multiple=config.rank_multiple,
             row_shrinkage=config.row_shrinkage,
+            correlation_shrinkage=config.correlation_shrinkage,
             column_shrinkage=config.column_shrinkage,
         )
         return layers, inputs, settings
@@ -244,6 +216,7 @@ class LoraSVDModel(BaseTuner):
             describe_compact(model, description)
         return model
 
+    @torch.no_grad()
     def _compact(self, adapter_name: str) -> LoraSVDCompactConfig:
         """Replace every layer of the adapter by a plain compact module, once all of them could be computed."""
         config = self._config(adapter_name)
@@ -303,62 +276,21 @@ class LoraSVDModel(BaseTuner):
         kept = kept_parameters({name: config.compact_ranks[name] for name in shapes}, shapes, config.factor_format)
         return kept <= budget_of(shapes, config.param_ratio)
 
-    # -- state ---------------------------------------------------------------------------------------------------------
 
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: LoraSVDConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Give the layers the buffers that the checkpoint has, of its shapes, and take away those it does not have.
-
-        A run is thus resumed from, or the best model loaded from, a checkpoint of any phase.
-        """
-        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraSVDLinear)}
-        known = {
-            name.removeprefix("base_model.model."): layer
-            for name, layer in layers.items()
-            if adapter_name in layer.lora_svd_A
-        }
-        for layer in known.values():
-            layer.reset_state(adapter_name)
-        for key, tensor in state_dict.items():
-            module_name, _, attribute = key.rpartition(".")
-            layer = known.get(module_name.removeprefix("base_model.model."))
-            if layer is not None:
-                layer.allocate_state(adapter_name, attribute, tensor)
-        given = next((module._given_ranks for module in model.modules() if isinstance(module, cls)), {})
-        if not config.compressed:
-            given[adapter_name] = config.compact_ranks
-        config.compressed = any(layer.factors(adapter_name) is not None for layer in known.values())
-        if config.compressed:
-            config.compact_ranks = {name: layer.kept_rank(adapter_name) for name, layer in known.items()}
-        else:
-            config.compact_ranks = given.get(adapter_name)
-        for layer in known.values():
-            layer.observe(adapter_name, config)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-
-    def _config(self, adapter_name: str) -> LoraSVDConfig:
-        config = self.peft_config[adapter_name]
-        assert isinstance(config, LoraSVDConfig)
-        return config
-
-    def _single_adapter(self, adapter_names: list[str] | None) -> str:
-        names = adapter_names or self.active_adapters
-        if len(names) != 1:
-            raise LoraSVDError(
-                f"adapter_names: {list(names)} are {len(names)} adapters; a compact model is made from one"
-            )
-        return names[0]
+@contextmanager
+def _switched_off(layers: list[LoraSVDLinear]) -> Iterator[None]:
+    """The base model's own output, without touching which parameters are trained."""
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def _stored_rank(module: nn.Module, shape: LayerShape) -> int:
     return module.rank if isinstance(module, LowRankLinear) else shape.full_rank
-
-
-def _is_quantized_linear(module: nn.Module) -> bool:
-    backend = resolve_quantization_backend(module)
-    return backend is not None and backend.layer_type == "linear" and backend.supports_merge
 
 
 def _check_gradients(layers: Mapping[str, LoraSVDLinear], adapter_name: str, global_step: int) -> None:

@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .errors import LoraSVDError
+from .linalg import shrink
+
 
 @dataclass(frozen=True)
 class TokenObservation:
@@ -34,7 +37,8 @@ class TokenObservation:
 class StepObservation:
     """One optimizer step of one layer, gradients accumulated and clipped: what the optimizer is about to use.
 
-    weight: (out, in), lora_A: (r, in), lora_B: (out, r), scaling: s. float32.
+    weight: (out, in), lora_A: (r, in), lora_B: (out, r), scaling: s. float32. input_gram: ``X = E[x x^T]`` (in, in)
+    over the tokens observed so far, where a statistic of the same preset collects it.
     """
 
     weight: Tensor
@@ -43,6 +47,7 @@ class StepObservation:
     grad_A: Tensor
     grad_B: Tensor
     scaling: float
+    input_gram: Tensor | None = None
 
 
 class SharedGram:
@@ -98,6 +103,23 @@ def minnorm_gradient(step: StepObservation) -> Tensor:
     return (estimate / step.scaling).to(step.weight.dtype)
 
 
+def gradient_rows(step: StepObservation) -> Tensor:
+    """The diagonal of ``C = E[g g^T]`` as LoRA's own gradient shows it, (out,), up to a factor common to all layers.
+
+    ``dB = s sum_t g_t (A x_t)^T`` is what A lets through of the gradient. With ``M = A X A^T``, (r, r), independence of
+    g and x gives ``E[dB M^-1 dB^T] = s^2 r T C`` for T tokens, hence ``c_i = (dB M^-1 dB^T)_ii / (s^2 r)``.
+    Whitening by M keeps the few large directions of the input from drowning the others, which the norms of the rows of
+    dB, or LoRAPrune's sensitivity divided by the energy of weights and input, do not.
+    """
+    if step.input_gram is None:
+        raise LoraSVDError("gradient_rows: collect input_gram in the same importance preset; it whitens the gradient")
+    A = step.lora_A.double()
+    sketch = shrink(A @ step.input_gram.double() @ A.T, 1e-6)
+    grad_B = step.grad_B.double()
+    whitened = torch.linalg.solve(sketch, grad_B.T).T
+    return ((grad_B * whitened).sum(1) / (step.scaling**2 * len(A))).to(step.grad_B.dtype)
+
+
 def _sensitivity_rows(gradient: Tensor, step: StepObservation) -> Tensor:
     """``J_i = sum_j ( G_ij ((BA)_ij + w_ij) )^2``, (out,)."""
     return (gradient * (step.lora_B @ step.lora_A + step.weight)).square().sum(1)
@@ -133,6 +155,7 @@ STATISTICS: dict[str, Statistic] = {
     "output_square": Statistic(lambda m, _: (m,), "token", lambda seen: seen.g.square().sum((0, 1))),
     "weight_gradient_rows": Statistic(lambda m, _: (m,), "sample", _weight_gradient_rows),
     "lora_rows": Statistic(lambda m, _: (m,), "step", lambda step: _sensitivity_rows(lora_gradient(step), step)),
+    "gradient_rows": Statistic(lambda m, _: (m,), "step", gradient_rows),
     "minnorm_rows": Statistic(lambda m, _: (m,), "step", lambda step: _sensitivity_rows(minnorm_gradient(step), step)),
 }
 

@@ -37,9 +37,11 @@ class LoraSVDCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
-        **_: Any,
+        **kwargs: Any,
     ) -> None:
-        find_tuner(model).update_and_allocate(state.global_step, total_steps=state.max_steps)
+        optimizer = kwargs["optimizer"]  # accelerate wraps the one that owns the parameter groups
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        find_tuner(model).update_and_allocate(state.global_step, state.max_steps, optimizer)
 
 
 def find_tuner(model: nn.Module | None) -> LoraSVDModel:

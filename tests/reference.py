@@ -169,6 +169,6 @@ def sensitivity_rows(G, W, A, B):
     )
 
 
-def loss_unit_rows(J, W, X):
-    """c_i = (sum_j J_ij / sum_j w_ij^2) n / tr(X)."""
-    return J / W.square().sum(1) * len(X) / torch.trace(X)
+def gradient_rows(dB, A, X, s):
+    """c_i = (dB (A X A^T)^-1 dB^T)_ii / (s^2 r)."""
+    return (dB @ torch.linalg.inv(A @ X @ A.T) @ dB.T).diagonal() / (s**2 * len(A))

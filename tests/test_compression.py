@@ -27,7 +27,14 @@ SHAPES = {"block.0.up": (12, 8), "block.0.down": (8, 12), "block.1.up": (12, 8)}
 def settings(importance="kronecker", **changes):
     chosen = {"allocation": "global", "decomposition": "svd", "factor_format": "pivoted", "rank_multiple": 1}
     return CompressionSettings(
-        **{"importance": importance, "row_shrinkage": 0.0, "column_shrinkage": 0.0, **chosen, **changes}
+        **{
+            "importance": importance,
+            "row_shrinkage": 0.0,
+            "correlation_shrinkage": 0.0,
+            "column_shrinkage": 0.0,
+            **chosen,
+            **changes,
+        }
     )
 
 
@@ -65,12 +72,14 @@ def test_spectra_and_factors_of_every_preset_are_those_of_its_metrics(layers, im
 
 def test_metrics_are_shrunk_towards_their_mean(layers):
     name, given = next(iter(layers.items()))
-    chosen = settings(row_shrinkage=0.25, column_shrinkage=0.5)
+    chosen = settings(row_shrinkage=0.25, correlation_shrinkage=0.4, column_shrinkage=0.5)
     metrics = layer_metrics(name, given, given.weight(), chosen)
     seen = given.statistics()
-    for found, statistic, amount in ((metrics.row, "output_gram", 0.25), (metrics.column, "input_gram", 0.5)):
+    sides = ((metrics.row, "output_gram", 0.25, 0.4), (metrics.column, "input_gram", 0.5, 0.0))
+    for found, statistic, amount, correlation in sides:
         mean = seen.mean(statistic)
-        expected = (1 - amount) * mean + amount * mean.diagonal().mean() * torch.eye(len(mean), dtype=torch.float64)
+        kept = (1 - correlation) * mean + correlation * torch.diag(mean.diagonal())
+        expected = (1 - amount) * kept + amount * mean.diagonal().mean() * torch.eye(len(mean), dtype=torch.float64)
         assert reference.relative_error(found, expected) < 1e-12
 
 

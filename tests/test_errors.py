@@ -147,7 +147,7 @@ def test_plain_svd_needs_no_observation() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("name", ["lora_rows", "input_gram"])
+@pytest.mark.parametrize("name", ["gradient_rows", "input_gram"])
 def test_non_finite_statistic_loses_nothing(name: str, value: float, tmp_path: Path) -> None:
     model = stopped(tmp_path, warmup=8)
     buffer = getattr(model.get_submodule(f"base_model.model.{UP}"), f"lora_svd_{name}")["default"]

@@ -79,14 +79,16 @@ def test_norm_of_half_precision_error_is_computed_in_double():
     assert metric_norm(error, Metrics()) == pytest.approx(N * N * 300.0**2)
 
 
+@pytest.mark.parametrize("correlation", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("amount", [0.0, 0.01, 1.0])
 @pytest.mark.parametrize("kind", ["diagonal", "full", "singular"])
-def test_shrinkage(kind, amount):
+def test_shrinkage(kind, amount, correlation):
     metric = METRICS[kind]().float()
     before = metric.clone()
     matrix = reference.dense(metric, N)
-    expected = (1 - amount) * matrix + amount * torch.trace(matrix) / N * torch.eye(N, dtype=torch.float64)
-    shrunk = shrink(metric, amount)
+    kept = (1 - correlation) * matrix + correlation * torch.diag(matrix.diagonal())
+    expected = (1 - amount) * kept + amount * torch.trace(matrix) / N * torch.eye(N, dtype=torch.float64)
+    shrunk = shrink(metric, amount, correlation)
     assert shrunk.dtype == torch.float64
     assert shrunk.dim() == metric.dim()
     assert reference.relative_error(reference.dense(shrunk, N), expected) < 1e-14

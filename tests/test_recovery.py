@@ -1,0 +1,86 @@
+"""Recovery beyond the bypass: self-distillation, and training of the factors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import LLAMA, assert_bit_equal, logits, make_trainer, tensors, wrap
+from peft import PeftModel
+from test_resume import SCHEDULES, assert_resumes
+
+from lora_svd import LoraSVDError
+from lora_svd.distillation import distillation_loss, label_positions
+
+
+@pytest.mark.parametrize("num_items", [None, 10])
+def test_distillation_loss_is_the_divergence_of_the_selected_positions(num_items: int | None) -> None:
+    student, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    mask = torch.tensor([[True, False, True], [False, True, False]])
+    p, q = teacher.double().softmax(-1), student.double().softmax(-1)
+    expected = (p * (p / q).log()).sum(-1)[mask].sum() / (3 if num_items is None else num_items)
+    assert float(distillation_loss(student, teacher, mask, num_items)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(distillation_loss(student, student, mask)) == pytest.approx(0, abs=1e-6)
+
+
+def test_positions_are_those_with_a_label() -> None:
+    values = torch.zeros(1, 3, 5)
+    assert label_positions(values, torch.tensor([[-100, 2, -100]])).tolist() == [[False, True, False]]
+    assert label_positions(values, torch.tensor([1])).all()  # one label a sequence
+
+
+def compressed(tmp_path: Path, **changes: object):
+    model = wrap(warmup=2, **changes)
+    make_trainer(model, tmp_path, steps=2).train()
+    return model.train()
+
+
+def test_teacher_is_the_model_without_its_adapter(tmp_path: Path) -> None:
+    model, inputs = compressed(tmp_path, distillation=0.3), LLAMA.inputs()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    mixed = model(**inputs).loss.detach()
+    with torch.no_grad():
+        plain = model(**inputs)  # no distillation where nothing is trained
+        with model.disable_adapter():
+            teacher = model(**inputs).logits
+    distance = distillation_loss(plain.logits, teacher, torch.ones(teacher.shape[:-1], dtype=torch.bool))
+    assert distance > 0
+    assert float(mixed) == pytest.approx(float(0.7 * plain.loss + 0.3 * distance), rel=1e-4)
+    assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_factors_are_trained_if_asked(tmp_path: Path) -> None:
+    moved = {}
+    for train_factors in (False, True):
+        torch.manual_seed(0)
+        model = wrap(warmup=2, train_factors=train_factors)
+        make_trainer(model, tmp_path / "short", steps=2).train()
+        start = {name: value for name, value in tensors(model).items() if "lora_svd_left" in name}
+        torch.manual_seed(0)
+        model = wrap(warmup=2, train_factors=train_factors)
+        make_trainer(model, tmp_path / "long", steps=6).train()
+        found = tensors(model)
+        moved[train_factors] = [not torch.equal(found[name], value) for name, value in start.items()]
+        assert torch.isfinite(logits(model.merge_and_unload())).all()
+    assert not any(moved[False])
+    assert all(moved[True])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_resumed_run_with_trained_factors_ends_bit_equal(schedule: str, tmp_path: Path) -> None:
+    assert_resumes(tmp_path, train_factors=True, distillation=0.5, **SCHEDULES[schedule])
+
+
+def test_trained_factors_need_the_optimizer() -> None:
+    model = wrap(train_factors=True, warmup=1, total_steps=3)
+    model(**LLAMA.inputs()).loss.backward()
+    with pytest.raises(LoraSVDError, match="train_factors: got no optimizer"):
+        model.base_model.update_and_allocate(0)
+
+
+def test_compressed_adapter_with_trained_factors_reloads(tmp_path: Path) -> None:
+    model = compressed(tmp_path, train_factors=True)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(LLAMA.build(), tmp_path / "adapter", is_trainable=True)
+    assert_bit_equal(tensors(again), tensors(model))
