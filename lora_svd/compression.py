@@ -55,7 +55,7 @@ class LayerInput:
     statistics: Callable[[], LayerStatistics]
 
 
-def layer_metrics(name: str, layer: LayerInput, weight: Tensor, settings: CompressionSettings) -> Metrics:
+def layer_metrics(name: str, layer: LayerInput, settings: CompressionSettings) -> Metrics:
     """The row and column metric of one layer, shrunk so that the factorization is well posed.
 
     Raises:
@@ -78,7 +78,7 @@ def layer_metrics(name: str, layer: LayerInput, weight: Tensor, settings: Compre
                 f"{name}: {statistic} has {num_bad} of {seen.sums[statistic].numel()} non-finite values; a batch gave "
                 "a non-finite loss or gradient. Lower the learning rate, or train in float32 or bfloat16"
             )
-    metrics = importance.metrics(seen, weight)
+    metrics = importance.metrics(seen)
     return Metrics(
         row=shrink(metrics.row, settings.row_shrinkage, settings.correlation_shrinkage),
         column=shrink(metrics.column, settings.column_shrinkage),
@@ -90,9 +90,8 @@ def compute_spectra(layers: Mapping[str, LayerInput], settings: CompressionSetti
     decomposition = DECOMPOSITIONS[settings.decomposition]
     spectra = {}
     for name, layer in _progress(layers, "spectra"):
-        weight = layer.weight()
         with _named(name):
-            spectra[name] = decomposition.spectrum(weight, layer_metrics(name, layer, weight, settings))
+            spectra[name] = decomposition.spectrum(layer.weight(), layer_metrics(name, layer, settings))
     return spectra
 
 
@@ -119,16 +118,15 @@ def factorize(
         if ranks[name] >= layer.shape.full_rank:
             yield name, None
             continue
-        weight = layer.weight()
         with _named(name):
-            yield name, decomposition.factorize(weight, layer_metrics(name, layer, weight, settings), ranks[name])
+            yield name, decomposition.factorize(layer.weight(), layer_metrics(name, layer, settings), ranks[name])
 
 
 def absorb(name: str, layer: LayerInput, factors: Factors, bypass: Factors, settings: CompressionSettings) -> Factors:
     """The truncation of ``left @ right + s B A`` to the rank of ``left``, in the layer's metrics: the bypass at no
     parameters."""
     with _named(name):
-        metrics = layer_metrics(name, layer, layer.weight(), settings)
+        metrics = layer_metrics(name, layer, settings)
         return DECOMPOSITIONS[settings.decomposition].truncate(factors.stacked(bypass), metrics, factors.rank)
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from .linalg import Metrics
 from .statistics import LayerStatistics
 
@@ -21,14 +19,14 @@ class Importance:
 
     Attributes:
         statistics: names in ``statistics.STATISTICS``.
-        metrics: ``(statistics, weight (out, in) float64) -> Metrics``.
+        metrics: ``statistics -> Metrics``.
     """
 
     statistics: tuple[str, ...]
-    metrics: Callable[[LayerStatistics, Tensor], Metrics]
+    metrics: Callable[[LayerStatistics], Metrics]
 
 
-def lora(seen: LayerStatistics, weight: Tensor) -> Metrics:
+def lora(seen: LayerStatistics) -> Metrics:
     """Rows by ``J_i = sum_j ( G_BA,ij ((BA)_ij + w_ij) )^2``, LoRAPrune's sensitivity under FWSVD's row assumption.
 
     J is the loss change from zeroing a weight, not from perturbing it, and carries the scale of weight and input:
@@ -37,19 +35,19 @@ def lora(seen: LayerStatistics, weight: Tensor) -> Metrics:
     return Metrics(row=seen.mean("lora_rows"))
 
 
-def lora_minnorm(seen: LayerStatistics, weight: Tensor) -> Metrics:
+def lora_minnorm(seen: LayerStatistics) -> Metrics:
     """As "lora" with the minimum-norm estimate of the gradient."""
     return Metrics(row=seen.mean("minnorm_rows"))
 
 
-def lora_activation(seen: LayerStatistics, weight: Tensor) -> Metrics:
+def lora_activation(seen: LayerStatistics) -> Metrics:
     """The diagonal of ``C = E[g g^T]``, estimated from LoRA's gradients alone, for the rows; ``X = E[x x^T]`` for the
     columns: :func:`lora_svd.statistics.gradient_rows`. The error is then in units of loss, comparable across layers.
     """
     return Metrics(row=seen.mean("gradient_rows"), column=seen.mean("input_gram"))
 
 
-def fisher(seen: LayerStatistics, weight: Tensor) -> Metrics:
+def fisher(seen: LayerStatistics) -> Metrics:
     """FWSVD (Hsu et al. 2022): rows by ``sum_j E[(dL/dw_ij)^2]``, gradients of single samples, not of the batch mean.
 
     A widespread implementation weights input columns, and shifts the labels twice.
@@ -57,27 +55,27 @@ def fisher(seen: LayerStatistics, weight: Tensor) -> Metrics:
     return Metrics(row=seen.mean("weight_gradient_rows"))
 
 
-def activation_scale(seen: LayerStatistics, weight: Tensor) -> Metrics:
+def activation_scale(seen: LayerStatistics) -> Metrics:
     """ASVD (Yuan et al. 2023): columns scaled by ``mean(|x_j|)^(1/2)``, so the metric is ``mean |x_j|``."""
     return Metrics(column=seen.mean("input_abs"))
 
 
-def activation(seen: LayerStatistics, weight: Tensor) -> Metrics:
+def activation(seen: LayerStatistics) -> Metrics:
     """SVD-LLM (Wang et al. 2025): ``X = E[x x^T]``, the error of the layer's output."""
     return Metrics(column=seen.mean("input_gram"))
 
 
-def gradient_activation(seen: LayerStatistics, weight: Tensor) -> Metrics:
+def gradient_activation(seen: LayerStatistics) -> Metrics:
     """The diagonal of ``C = E[g g^T]`` for the rows and X for the columns."""
     return Metrics(row=seen.mean("output_square"), column=seen.mean("input_gram"))
 
 
-def kronecker(seen: LayerStatistics, weight: Tensor) -> Metrics:
+def kronecker(seen: LayerStatistics) -> Metrics:
     """``C = E[g g^T]`` and ``X = E[x x^T]`` per token: the loss to second order, ``1/2 tr(D^T C D X)`` (K-FAC)."""
     return Metrics(row=seen.mean("output_gram"), column=seen.mean("input_gram"))
 
 
-def plain(seen: LayerStatistics, weight: Tensor) -> Metrics:
+def plain(seen: LayerStatistics) -> Metrics:
     """The identity on both sides: plain SVD."""
     return Metrics()
 

@@ -111,10 +111,3 @@ def metric_times(metric: Tensor | None, matrix: Tensor) -> Tensor:
     if metric is None:
         return matrix
     return metric[:, None] * matrix if metric.dim() == 1 else metric @ matrix
-
-
-def metric_norm(error: Tensor, metrics: Metrics) -> float:
-    """``tr(D^T row D column)``, the squared norm of an error D (out, in) in the metrics, computed in float64."""
-    error = error.double()
-    weighted = metric_times(metrics.column, metric_times(metrics.row, error).T).T
-    return float((error * weighted).sum())
