@@ -210,13 +210,13 @@ class LoraSVDModel(InjectedModel):
                 for _, layer in self._tuner_layers(adapter_name):
                     layer.set_factors(adapter_name, None)
         elif any(self._config(name).param_ratio < 1 for name in adapter_names or self.active_adapters):
-            description = self._compact(self._single_adapter(adapter_names))
+            with torch.no_grad():
+                description = self._compact(self._single_adapter(adapter_names))
         model = super().merge_and_unload(progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
         if description is not None:
             describe_compact(model, description)
         return model
 
-    @torch.no_grad()
     def _compact(self, adapter_name: str) -> LoraSVDCompactConfig:
         """Replace every layer of the adapter by a plain compact module, once all of them could be computed."""
         config = self._config(adapter_name)
