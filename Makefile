@@ -22,7 +22,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/lora-svd compress recipes/quickstart/quickstart.yaml
 
 test: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 check: env
 	$(BIN)/ruff check .

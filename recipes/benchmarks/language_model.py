@@ -5,8 +5,8 @@
 
 A result is one row of the table at one size and seed. Results are written as they come; what is there is not run again.
 
-One-shot rows share one observation: the adapter is trained with learning rate 0, so that it stays zero, while every
-statistic is collected; each row then sets its importance and sizes on that model. Rows that train are one run each.
+One-shot rows share one observation: the adapter is trained with learning rate 0, so that it stays zero, while the
+statistics are collected; each row then sets its importance and sizes on that model. Rows that train are one run each.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ ONE_SHOT: dict[str, dict[str, Any]] = {
 }
 TRAINED: dict[str, dict[str, Any]] = {
     "svd_llm + LoRA": {"importance": "activation", **PUBLISHED},
-    "ours + recovery": {},
-    "ours, kronecker + recovery": {"importance": "kronecker"},
+    "ours + recovery": {"train_factors": True},
+    "ours, kronecker + recovery": {"train_factors": True, "importance": "kronecker"},
 }
 
 
@@ -110,8 +110,11 @@ class Benchmark:
     def _compressed(self, choices: dict[str, Any], size: float) -> Any:
         """The observed model at another importance, allocation and size."""
         if self._observed is None:
-            IMPORTANCES["everything"] = Importance(tuple(STATISTICS), plain)
-            config = LoraSVDConfig(param_ratio=0.99, importance="everything", warmup=self.given.observed_steps)
+            presets = {ONE_SHOT[row]["importance"] for row in self.given.rows or ONE_SHOT if row in ONE_SHOT}
+            needed = {name for preset in presets for name in IMPORTANCES[preset].statistics}
+            # the order of the registry, so that a statistic finds the ones it is built on
+            IMPORTANCES["benchmark"] = Importance(tuple(name for name in STATISTICS if name in needed), plain)
+            config = LoraSVDConfig(param_ratio=0.99, importance="benchmark", warmup=self.given.observed_steps)
             self._observed = self._train(config, self.given.observed_steps, learning_rate=0.0, seed=0)
         config = self._observed.peft_config["default"]
         for field_name, value in choices.items():
