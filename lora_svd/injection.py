@@ -38,6 +38,7 @@ class InjectedModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: LoraSVDConfig, adapter_name: str) -> None:
         if not hasattr(self, "_shared_gram"):
             self._shared_gram = SharedGram()
+            self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
             self._given_ranks: dict[str, dict[str, int] | None] = {}  # compact_ranks that the user chose, by adapter
 
     def _prepare_model(self, peft_config: LoraSVDConfig, model: nn.Module) -> None:

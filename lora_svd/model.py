@@ -215,6 +215,8 @@ class LoraSVDModel(InjectedModel):
         model = super().merge_and_unload(progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
         if description is not None:
             describe_compact(model, description)
+            if self._use_cache is not None:  # Trainer turns it off, and the compact model would generate slowly
+                self.model.config.use_cache = self._use_cache
         return model
 
     def _compact(self, adapter_name: str) -> LoraSVDCompactConfig:

@@ -153,7 +153,6 @@ def _train(model: PreTrainedModel, blocks: Tensor, recipe: Recipe) -> Any:
         tuned = get_peft_model(model, recipe.config)
     except (ValueError, TypeError) as error:  # how PEFT refuses a configuration, LoraSVDError included
         raise LoraSVDError(str(error)) from error
-    use_cache = getattr(model.config, "use_cache", None)
     trainer = Trainer(
         model=tuned,
         args=recipe.training,
@@ -161,8 +160,6 @@ def _train(model: PreTrainedModel, blocks: Tensor, recipe: Recipe) -> Any:
         callbacks=[LoraSVDCallback()],
     )
     trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
-    if use_cache is not None:  # Trainer turns it off, and the saved model would generate slowly
-        model.config.use_cache = use_cache
     return tuned
 
 
