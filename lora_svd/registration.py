@@ -1,4 +1,4 @@
-"""Makes PEFT and transformers know this package. The only contact with their private names."""
+"""Makes PEFT and transformers know this package, through tables that are not part of their public interface."""
 
 from typing import Any
 
