@@ -17,7 +17,8 @@ from .peft_type import LORA_SVD
 COMPENSATIONS = ("absorb", "keep")
 
 
-def _field(default: Any, help: str) -> Any:
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with the help text that HfArgumentParser shows."""
     return field(default=default, metadata={"help": help})
 
 
@@ -37,53 +38,53 @@ class LoraSVDConfig(PeftConfig):
         LoraSVDError: a value that is out of range or unknown, with the field, the value and what is valid.
     """
 
-    param_ratio: float = _field(0.8, "Parameters kept / original parameters of the targeted linear layers, in (0, 1].")
-    importance: str = _field("lora_activation", f"What an error costs: {', '.join(IMPORTANCES)}.")
-    allocation: str = _field("global", "'global': one budget for all layers; 'uniform': the same share of each layer.")
-    decomposition: str = _field("svd", f"Form of the compact weight: {', '.join(DECOMPOSITIONS)}.")
-    factor_format: str = _field(
+    param_ratio: float = option(0.8, "Parameters kept / original parameters of the targeted linear layers, in (0, 1].")
+    importance: str = option("lora_activation", f"What an error costs: {', '.join(IMPORTANCES)}.")
+    allocation: str = option("global", "'global': one budget for all layers; 'uniform': the same share of each layer.")
+    decomposition: str = option("svd", f"Form of the compact weight: {', '.join(DECOMPOSITIONS)}.")
+    factor_format: str = option(
         "pivoted", "How rank k is stored: 'pivoted' in k(m+n)-k^2 numbers, 'factors' as two matrices in k(m+n)."
     )
-    compensation: str = _field(
+    compensation: str = option(
         "absorb", "At merge the bypass is folded into the rank-k factors ('absorb') or stored as r more ranks ('keep')."
     )
-    compact_ranks: dict[str, int] | None = _field(
+    compact_ranks: dict[str, int] | None = option(
         None,
         "Rank by module name; min(out, in) = dense. Filled by the tuner when it compresses; given, it is used as is.",
     )
-    compressed: bool = _field(
+    compressed: bool = option(
         False, "Whether this adapter holds factors at compact_ranks. Set by the tuner together with compact_ranks."
     )
-    warmup: float = _field(0.4, "Full-size, observed part of the run: a fraction below 1, else steps.")
-    compression: float = _field(0.0, "Part of the run over which the budget falls on a cubic; 0 = in one step.")
-    compression_interval: int = _field(10, "Steps between two factorizations while the budget falls.")
-    total_steps: int | None = _field(None, "Optimizer steps of the run, for hand-written loops. Trainer knows it.")
-    distillation: float = _field(
+    warmup: float = option(0.4, "Full-size, observed part of the run: a fraction below 1, else steps.")
+    compression: float = option(0.0, "Part of the run over which the budget falls on a cubic; 0 = in one step.")
+    compression_interval: int = option(10, "Steps between two factorizations while the budget falls.")
+    total_steps: int | None = option(None, "Optimizer steps of the run, for hand-written loops. Trainer knows it.")
+    distillation: float = option(
         0.0, "Share of KL(model with adapters off || compressed model) in the loss of the recovery, in [0, 1]."
     )
-    train_factors: bool = _field(
+    train_factors: bool = option(
         False, "Train the factors as well in the recovery: better, at the optimizer memory of the kept parameters."
     )
-    rank_multiple: int = _field(8, "Kept ranks are multiples of this, which is what fast kernels want.")
-    row_shrinkage: float = _field(1e-2, "Shrinkage of the row metric towards its mean, relative, in [0, 1].")
-    correlation_shrinkage: float = _field(0.3, "Shrinkage of a full row metric towards its diagonal, in [0, 1].")
-    column_shrinkage: float = _field(1e-2, "Shrinkage of the column metric towards its mean, relative, in [0, 1].")
+    rank_multiple: int = option(8, "Kept ranks are multiples of this, which is what fast kernels want.")
+    row_shrinkage: float = option(1e-2, "Shrinkage of the row metric towards its mean, relative, in [0, 1].")
+    correlation_shrinkage: float = option(0.3, "Shrinkage of a full row metric towards its diagonal, in [0, 1].")
+    column_shrinkage: float = option(1e-2, "Shrinkage of the column metric towards its mean, relative, in [0, 1].")
 
-    r: int = _field(16, "Rank of the LoRA bypass.")
-    lora_alpha: int = _field(16, "The bypass is scaled by lora_alpha / r.")
-    lora_dropout: float = _field(0.0, "Dropout in front of the bypass.")
-    target_modules: list[str] | str | None = _field(
+    r: int = option(16, "Rank of the LoRA bypass.")
+    lora_alpha: int = option(16, "The bypass is scaled by lora_alpha / r.")
+    lora_dropout: float = option(0.0, "Dropout in front of the bypass.")
+    target_modules: list[str] | str | None = option(
         "all-linear",
         "Names, or a regular expression, of the modules to compress; 'all-linear' = all but the output layer.",
     )
-    exclude_modules: list[str] | str | None = _field(None, "Names, or a regular expression, of modules to leave alone.")
-    rank_pattern: dict[str, int] | None = _field(None, "r by module name or regular expression, instead of r.")
-    alpha_pattern: dict[str, int] | None = _field(None, "lora_alpha by module name or regular expression.")
-    layers_to_transform: list[int] | int | None = _field(None, "Indices of the layers to transform.")
-    layers_pattern: list[str] | str | None = _field(None, "Name of the layer list layers_to_transform indexes.")
-    modules_to_save: list[str] | None = _field(None, "Further modules to train and save, such as a task head.")
-    bias: str = _field("none", "Biases to train: 'none', 'all' or 'lora_svd_only'.")
-    init_weights: bool = _field(True, "True: the bypass starts at zero (B = 0). False: B is random, for tests.")
+    exclude_modules: list[str] | str | None = option(None, "Names, or a regular expression, of modules to leave alone.")
+    rank_pattern: dict[str, int] | None = option(None, "r by module name or regular expression, instead of r.")
+    alpha_pattern: dict[str, int] | None = option(None, "lora_alpha by module name or regular expression.")
+    layers_to_transform: list[int] | int | None = option(None, "Indices of the layers to transform.")
+    layers_pattern: list[str] | str | None = option(None, "Name of the layer list layers_to_transform indexes.")
+    modules_to_save: list[str] | None = option(None, "Further modules to train and save, such as a task head.")
+    bias: str = option("none", "Biases to train: 'none', 'all' or 'lora_svd_only'.")
+    init_weights: bool = option(True, "True: the bypass starts at zero (B = 0). False: B is random, for tests.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,6 +98,11 @@ class LoraSVDConfig(PeftConfig):
         self._check_choices()
         self._check_numbers()
         self._check_layers()
+
+    @property
+    def trains_factors(self) -> bool:
+        """Whether factors are trained: asked for, and the adapter is not loaded for inference."""
+        return self.train_factors and not self.inference_mode
 
     def _check_choices(self) -> None:
         for name, valid in (

@@ -110,7 +110,7 @@ class InjectedModel(BaseTuner):
             module_name, _, attribute = key.rpartition(".")
             layer = known.get(module_name.removeprefix("base_model.model."))
             if layer is not None:
-                layer.allocate_state(adapter_name, attribute, tensor, trainable=config.train_factors)
+                layer.allocate_state(adapter_name, attribute, tensor, trainable=config.trains_factors)
         given = next((module._given_ranks for module in model.modules() if isinstance(module, cls)), {})
         if not config.compressed:
             given[adapter_name] = config.compact_ranks

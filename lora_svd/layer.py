@@ -102,7 +102,7 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
         rank = (config.compact_ranks or {}).get(key)
         if config.compressed and rank is not None and rank < min(self.in_features, self.out_features):
             zeros = Factors(torch.zeros(self.out_features, rank), torch.zeros(rank, self.in_features))
-            self.set_factors(adapter_name, zeros, trainable=config.train_factors and not config.inference_mode)
+            self.set_factors(adapter_name, zeros, trainable=config.trains_factors)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self.observe(adapter_name, config)

@@ -97,7 +97,7 @@ class LoraSVDModel(InjectedModel):
             budget = schedule.budget(global_step)
             if budget is not None:
                 self._compress(adapter_name, budget)
-                if config.train_factors:
+                if config.trains_factors:
                     self._train_factors(optimizer)
         self._shared_gram.clear()
 
@@ -157,7 +157,7 @@ class LoraSVDModel(InjectedModel):
         factors = dict(factorize(inputs, ranks, settings))
         config.compact_ranks, config.compressed = ranks, True
         for name, layer in layers.items():
-            layer.set_factors(adapter_name, factors[name], trainable=config.train_factors)
+            layer.set_factors(adapter_name, factors[name], trainable=config.trains_factors)
             layer.observe(adapter_name, config)
 
     def _pipeline(

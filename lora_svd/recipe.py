@@ -20,16 +20,12 @@ import yaml
 from peft import PeftConfig, TaskType
 from transformers import HfArgumentParser, TrainingArguments
 
-from .config import LoraSVDConfig
+from .config import LoraSVDConfig, option
 from .errors import LoraSVDError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Written by PEFT and by the tuner, not chosen by a user.
 _BOOKKEEPING = {entry.name for entry in dataclasses.fields(PeftConfig)} | {"compressed"}
-
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -38,14 +34,14 @@ class CompressArguments:
 
     _argument_group_name = "run"
 
-    model: str = _option("", "The causal language model to compress: a local folder or a name on the Hub.")
-    train_text: str = _option("", "UTF-8 text file to train on and to take the statistics from.")
-    eval_text: str = _option("", "UTF-8 text file, not trained on, whose perplexity is measured before and after.")
-    dtype: str = _option("auto", f"Type the model is loaded, evaluated and saved in: {', '.join(DTYPES)}.")
-    block_length: int = _option(512, "Tokens in one training sequence.")
-    window: int = _option(1024, "Tokens in one window of the perplexity evaluation.")
-    prompt: str = _option("", "Text that the dense and the compact model continue; empty: none.")
-    max_new_tokens: int = _option(48, "Tokens to continue the prompt by.")
+    model: str = option("", "The causal language model to compress: a local folder or a name on the Hub.")
+    train_text: str = option("", "UTF-8 text file to train on and to take the statistics from.")
+    eval_text: str = option("", "UTF-8 text file, not trained on, whose perplexity is measured before and after.")
+    dtype: str = option("auto", f"Type the model is loaded, evaluated and saved in: {', '.join(DTYPES)}.")
+    block_length: int = option(512, "Tokens in one training sequence.")
+    window: int = option(1024, "Tokens in one window of the perplexity evaluation.")
+    prompt: str = option("", "Text that the dense and the compact model continue; empty: none.")
+    max_new_tokens: int = option(48, "Tokens to continue the prompt by.")
 
     def __post_init__(self) -> None:
         for name in ("model", "train_text", "eval_text"):
