@@ -48,11 +48,13 @@ class LayerInput:
         shape: of the weight, and the ranks stored on top of the kept one.
         weight: returns the frozen weight, (out, in), on the CPU in float64.
         statistics: returns what was observed.
+        trained: factors that training has changed, if it has.
     """
 
     shape: LayerShape
     weight: Callable[[], Tensor]
     statistics: Callable[[], LayerStatistics]
+    trained: Factors | None = None
 
 
 def layer_metrics(name: str, layer: LayerInput, settings: CompressionSettings) -> Metrics:
@@ -112,19 +114,39 @@ def choose_ranks(
 def factorize(
     layers: Mapping[str, LayerInput], ranks: Mapping[str, int], settings: CompressionSettings
 ) -> Iterable[tuple[str, Factors | None]]:
-    """The best factors of each weight at its rank, layer by layer; None where it stays dense."""
+    """The best factors of each weight at its rank, layer by layer; None where the frozen weight stays.
+
+    Where factors were trained, what they learned goes over to the other rank: the weight is then
+    :func:`trained_weight`, and at the rank that was trained the factors stay as they are.
+    """
     decomposition = DECOMPOSITIONS[settings.decomposition]
     for name, layer in _progress(layers, "factors"):
-        if ranks[name] >= layer.shape.full_rank:
+        trained, rank = layer.trained, ranks[name]
+        if trained is None and rank >= layer.shape.full_rank:
             yield name, None
-            continue
-        with _named(name):
-            yield name, decomposition.factorize(layer.weight(), layer_metrics(name, layer, settings), ranks[name])
+        elif trained is not None and rank == trained.rank:
+            yield name, trained
+        else:
+            with _named(name):
+                metrics = layer_metrics(name, layer, settings)
+                weight = trained_weight(layer, metrics, settings)
+                yield name, decomposition.factorize(weight, metrics, rank)
+
+
+def trained_weight(layer: LayerInput, metrics: Metrics, settings: CompressionSettings) -> Tensor:
+    """``W + (left right - W_k)``, float64: the weight and what training has added to its rank-k truncation."""
+    weight, trained = layer.weight(), layer.trained
+    if trained is None:
+        return weight
+    truncated = DECOMPOSITIONS[settings.decomposition].factorize(weight, metrics, trained.rank)
+    return weight + trained.product().cpu().double() - truncated.product()
 
 
 def absorb(name: str, layer: LayerInput, factors: Factors, bypass: Factors, settings: CompressionSettings) -> Factors:
     """The truncation of ``left @ right + s B A`` to the rank of ``left``, in the layer's metrics: the bypass at no
-    parameters."""
+    parameters. A bypass that is zero leaves the factors as they are."""
+    if not bool(bypass.left.any()):
+        return factors
     with _named(name):
         metrics = layer_metrics(name, layer, settings)
         return DECOMPOSITIONS[settings.decomposition].truncate(factors.stacked(bypass), metrics, factors.rank)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import LoraSVDConfig
+from .decompositions import Factors
 from .errors import LoraSVDError
 from .layer import LoraSVDLinear
 from .peft_type import PREFIX
@@ -40,6 +41,8 @@ class InjectedModel(BaseTuner):
             self._shared_gram = SharedGram()
             self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
             self._given_ranks: dict[str, dict[str, int] | None] = {}  # compact_ranks that the user chose, by adapter
+            self._trained: dict[str, dict[str, Factors]] = {}  # factors as training left them, by adapter and layer
+        self._trained.pop(adapter_name, None)
 
     def _prepare_model(self, peft_config: LoraSVDConfig, model: nn.Module) -> None:
         """Let ``layers_to_transform`` choose among all linear layers, too; PEFT would pass it over without a word."""
@@ -111,7 +114,10 @@ class InjectedModel(BaseTuner):
             layer = known.get(module_name.removeprefix("base_model.model."))
             if layer is not None:
                 layer.allocate_state(adapter_name, attribute, tensor, trainable=config.trains_factors)
-        given = next((module._given_ranks for module in model.modules() if isinstance(module, cls)), {})
+        tuner = next((module for module in model.modules() if isinstance(module, cls)), None)
+        given = {} if tuner is None else tuner._given_ranks
+        if tuner is not None:
+            tuner._trained.pop(adapter_name, None)
         if not config.compressed:
             given[adapter_name] = config.compact_ranks
         config.compressed = any(layer.factors(adapter_name) is not None for layer in known.values())

@@ -91,6 +91,7 @@ class LoraSVDModel(InjectedModel):
             if global_step == 0:  # what would fail after the warm-up fails now
                 self._check_budget(adapter_name)
             layers = dict(self._tuner_layers(adapter_name))
+            self._trained.pop(adapter_name, None)  # the optimizer is about to change the factors
             _check_gradients(layers, adapter_name, global_step)
             for layer in layers.values():
                 layer.observe_step(adapter_name)
@@ -126,7 +127,8 @@ class LoraSVDModel(InjectedModel):
     def set_param_ratio(self, param_ratio: float, adapter_name: str | None = None) -> None:
         """Choose another size: factorize again for ``param_ratio`` from what was observed. Before ``merge_and_unload``.
 
-        The trained bypass stays. ``LoraSVDConfig.param_ratio`` follows, so that saving the adapter keeps the choice.
+        The trained bypass stays, and what ``train_factors`` has changed goes over to the new size, however many are
+        tried. ``LoraSVDConfig.param_ratio`` follows, so that saving the adapter keeps the choice.
         """
         name = adapter_name or self._single_adapter(None)
         if not 0 < param_ratio <= 1:
@@ -140,9 +142,16 @@ class LoraSVDModel(InjectedModel):
             config.param_ratio, config.compact_ranks, self._given_ranks[name] = before, ranks, given
             raise
 
+    @torch.no_grad()
     def _compress(self, adapter_name: str, param_ratio: float) -> None:
         """Choose ranks for the budget and let factors stand for the weights. Nothing changes if a layer fails."""
         config = self._config(adapter_name)
+        if config.trains_factors and adapter_name not in self._trained:
+            self._trained[adapter_name] = {
+                name: factors
+                for name, layer in self._tuner_layers(adapter_name)
+                if (factors := layer.factors(adapter_name)) is not None
+            }
         layers, inputs, settings = self._pipeline(adapter_name)
         if not config.compressed:  # afterwards compact_ranks is what is in force, chosen or given
             self._given_ranks[adapter_name] = config.compact_ranks
@@ -171,6 +180,7 @@ class LoraSVDModel(InjectedModel):
                 shape=layer.layer_shape(adapter_name, keep=keep),
                 weight=lambda layer=layer: layer.dense_weight().detach().cpu().double(),
                 statistics=lambda layer=layer: layer.statistics(adapter_name),
+                trained=self._trained.get(adapter_name, {}).get(name),
             )
             for name, layer in layers.items()
         }
@@ -263,7 +273,7 @@ class LoraSVDModel(InjectedModel):
         factors, bypass = layer.factors(adapter_name), layer.bypass_factors(adapter_name)
         if factors is None:
             result: Factors | Tensor = given.weight() + bypass.product().cpu().double()
-        elif given.shape.extra_rank:
+        elif given.shape.extra_rank or factors.rank >= given.shape.full_rank:
             result = factors.stacked(bypass)
             if result.rank >= given.shape.full_rank:
                 result = result.product()

@@ -11,7 +11,11 @@ from peft import PeftModel
 from test_resume import SCHEDULES, assert_resumes
 
 from lora_svd import LoraSVDError
+from lora_svd.compression import layer_metrics
+from lora_svd.decompositions import weighted_svd
 from lora_svd.distillation import distillation_loss, label_positions
+
+LOOSE = {"rtol": 1e-3, "atol": 1e-4}
 
 
 @pytest.mark.parametrize("num_items", [None, 10])
@@ -84,3 +88,34 @@ def test_compressed_adapter_with_trained_factors_reloads(tmp_path: Path) -> None
     model.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(LLAMA.build(), tmp_path / "adapter", is_trainable=True)
     assert_bit_equal(tensors(again), tensors(model))
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    """What the factors stand for, by layer."""
+    layers = dict(model.base_model._tuner_layers("default"))
+    return {name: factors.product().detach() for name, layer in layers.items() if (factors := layer.factors("default"))}
+
+
+def test_trained_factors_are_carried_to_other_sizes(tmp_path: Path) -> None:
+    """From the size that was trained, whatever sizes were tried before; dense layers get what was learned, too."""
+    torch.manual_seed(0)
+    model = wrap(param_ratio=0.4, warmup=2, train_factors=True, row_shrinkage=0.1, column_shrinkage=0.1)
+    make_trainer(model, tmp_path, steps=6, learning_rate=3e-2).train()
+    tuner, trained = model.base_model, weights(model)
+    frozen = {name: layer.dense_weight().double() for name, layer in tuner._tuner_layers("default")}
+    tuner.set_param_ratio(0.8)
+    larger = weights(model)
+    tuner.set_param_ratio(1.0)
+    _, inputs, settings = tuner._pipeline("default")
+    for name, weight in weights(model).items():  # full rank: nothing is cut
+        start = inputs[name]
+        metrics = layer_metrics(name, start, settings)
+        truncated = weighted_svd(frozen[name], metrics, start.trained.rank).product()
+        torch.testing.assert_close(weight.double(), frozen[name] + trained[name].double() - truncated, **LOOSE)
+    dense = logits(model)
+    tuner.set_param_ratio(0.8)
+    torch.testing.assert_close(weights(model), larger, **LOOSE)
+    tuner.set_param_ratio(0.4)
+    torch.testing.assert_close(weights(model), trained, **LOOSE)
+    tuner.set_param_ratio(0.999)
+    torch.testing.assert_close(logits(model.merge_and_unload()), dense, rtol=0.1, atol=0.1)
