@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_SLICE = 1 << 20  # logits in float32 at a time: 4 MiB, which caches hold
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, mask: Tensor, num_items: Any = None) -> Tensor:
@@ -19,11 +21,34 @@ def distillation_loss(student: Tensor, teacher: Tensor, mask: Tensor, num_items:
         num_items: what to divide the sum by instead of the number of positions: the labelled tokens of all
             micro-batches of a step, as Trainer counts them for the label loss.
     """
-    with torch.autocast(device_type=student.device.type, enabled=False):
-        log_student = F.log_softmax(student[mask].float(), dim=-1)
-        log_teacher = F.log_softmax(teacher[mask].float(), dim=-1)
-        total = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
-    return total / (mask.sum() if num_items is None else num_items)
+    positions = mask.flatten().nonzero().flatten()
+    total: Any = _Divergence.apply(student.flatten(0, -2), teacher.flatten(0, -2), positions)
+    return total / (len(positions) if num_items is None else num_items)
+
+
+class _Divergence(torch.autograd.Function):
+    """``sum KL(teacher || student)`` over positions. Value and gradient, ``softmax(student) - softmax(teacher)``, come
+    from one pass over slices of positions: no float32 copy of all logits, which are the largest tensors of a step."""
+
+    @staticmethod
+    def forward(ctx, student: Tensor, teacher: Tensor, positions: Tensor) -> Tensor:
+        gradient = torch.zeros_like(student)
+        total = torch.zeros((), device=student.device)
+        for chosen in positions.split(max(1, _SLICE // student.shape[-1])):
+            s, t = student[chosen].float(), teacher[chosen].float()
+            s -= s.logsumexp(-1, keepdim=True)
+            t -= t.logsumexp(-1, keepdim=True)
+            probability = t.exp()
+            total += (probability * t.sub_(s)).sum()
+            gradient[chosen] = s.exp_().sub_(probability).to(gradient.dtype)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0], None, None
 
 
 def label_positions(logits: Tensor, labels: Tensor | None, ignore_index: int = -100) -> Tensor:

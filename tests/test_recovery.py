@@ -28,6 +28,20 @@ def test_distillation_loss_is_the_divergence_of_the_selected_positions(num_items
     assert float(distillation_loss(student, student, mask)) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("classes", [5, 700_000])  # many positions in a slice, and one
+def test_gradient_of_the_distillation_loss(classes: int) -> None:
+    student, teacher = torch.randn(2, 2, classes, requires_grad=True), torch.randn(2, 2, classes)
+    mask = torch.tensor([[True, False], [False, True]])
+    with torch.no_grad():
+        student[1, 0], teacher[0, 1] = torch.inf, torch.nan  # what is not selected has no say
+    distillation_loss(student, teacher, mask).backward()
+    exact = student.detach().double()[mask].requires_grad_()
+    p = teacher.double()[mask].softmax(-1)
+    ((p * (p.log() - exact.log_softmax(-1))).sum() / 2).backward()
+    torch.testing.assert_close(student.grad[mask].double(), exact.grad, rtol=1e-4, atol=1e-9)
+    assert not student.grad[~mask].any()
+
+
 def test_positions_are_those_with_a_label() -> None:
     values = torch.zeros(1, 3, 5)
     assert label_positions(values, torch.tensor([[-100, 2, -100]])).tolist() == [[False, True, False]]
