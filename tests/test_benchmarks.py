@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from common import PeakMemory, Results, read_text
 from tiny_lm import make_text, save_tiny_lm
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_every_benchmark_is_run_here() -> None:
-    assert sorted(path.name for path in (ROOT / "recipes/benchmarks").glob("*.py")) == ["language_model.py"]
+    parts = {"accuracy.py", "common.py", "figure.py", "lora_prune.py", "neuron_selection.py"}
+    assert {path.name for path in (ROOT / "recipes/benchmarks").glob("*.py")} - parts == {"language_model.py"}
 
 
 @pytest.mark.timeout(600)
@@ -22,14 +26,54 @@ def test_language_model_benchmark_fills_its_table_and_resumes(tmp_path: Path) ->
     save_tiny_lm(tmp_path / "model")
     (tmp_path / "train.txt").write_text(make_text(1000))
     (tmp_path / "test.txt").write_text(make_text(300, seed=1))
-    results = tmp_path / "results.json"
+    results = tmp_path / "results.jsonl"
     words = ["--model", "model", "--train", "train.txt", "--test", "words=test.txt", "--results", results]
-    words += ["--sizes", "0.6", "--steps", "4", "--observed_steps", "2", "--window", "32", "--eval_tokens", "128"]
-    command = [sys.executable, ROOT / "recipes/benchmarks/language_model.py", *words]
+    words += ["--sizes", "0.6", "--steps", "6", "--observed_steps", "2", "--window", "32", "--eval_tokens", "128"]
     for _ in range(2):  # the second run finds everything there
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout == ""
-    rows = json.loads(results.read_text())
-    assert len({row["row"] for row in rows}) == len(rows) == 14
-    assert all(1 < row["words"] < 1000 for row in rows)
+        printed = run(tmp_path, "language_model.py", *words)
+    assert printed == ""
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert len({row["row"] for row in rows}) == len(rows) == 18
+    assert all(1 < row["words"] < 1000 and row["seconds"] > 0 and row["peak_mebibytes"] > 0 for row in rows)
+    dense = next(row["parameters"] for row in rows if row["row"] == "dense")
+    assert all((row["parameters"] < dense) == (row["param_ratio"] < 1) for row in rows)
+    table = run(tmp_path, "figure.py", results, "--texts", "words")
+    assert table.count("\n| ") == 18, table  # below the heading
+    assert (tmp_path / "results-words.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_are_found_by_what_names_them(tmp_path: Path) -> None:
+    results = Results(tmp_path / "new" / "results.jsonl")
+    assert not results.has(row="a")
+    results.add({"row": "a", "param_ratio": 0.6, "seed": 0, "words": 2.5})
+    Results(results.path).add({"row": "b", "param_ratio": 0.6, "seed": 0, "words": 3.5})
+    assert [result["words"] for result in results.read()] == [2.5, 3.5]
+    assert results.has(row="a", param_ratio=0.6, seed=0)
+    assert not results.has(row="a", param_ratio=0.6, seed=1)
+
+
+def test_peak_memory_counts_what_was_freed_again() -> None:
+    memory = PeakMemory()
+    with memory.watch():
+        before = PeakMemory()
+        with before.watch():
+            pass
+        held = torch.ones(64 << 20, dtype=torch.uint8).clone()
+        time.sleep(0.3)
+        del held
+    assert memory.mebibytes >= before.mebibytes + 60
+
+
+def test_texts_are_lines_or_documents(tmp_path: Path) -> None:
+    (tmp_path / "text.raw").write_text("one\ntwo\n")
+    (tmp_path / "text.jsonl").write_text('{"text": "one\\nand"}\n\n{"text": "two"}\n')
+    assert read_text(tmp_path / "text.raw") == "one\n\ntwo"
+    assert read_text(tmp_path / "text.jsonl") == "one\nand\n\ntwo"
+
+
+def run(folder: Path, script: str, *words: str | Path) -> str:
+    """What a benchmark script prints."""
+    command = [sys.executable, ROOT / "recipes/benchmarks" / script, *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

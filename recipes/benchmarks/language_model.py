@@ -1,50 +1,39 @@
-"""Perplexity against size: every importance and allocation of lora_svd on one model, one text and one token budget.
+"""Quality against size: published methods and lora_svd on one model, one text and one budget of training tokens.
 
     python recipes/benchmarks/language_model.py --model MODEL --train wiki.valid.raw \
-        --test wikitext2=wiki.test.raw c4=c4.txt --results recipes/benchmarks/language_model.json
+        --test wikitext2=wiki.test.raw c4=c4_docs.jsonl --results recipes/benchmarks/language_model.jsonl
 
-A result is one row of the table at one size and seed. Results are written as they come; what is there is not run again.
+A result is one row of the table at one size and seed. Results are appended as they come and never run again, so the
+command can be stopped and repeated, and several can fill one file. ``figure.py`` makes tables and figures of it.
 
-One-shot rows share one observation: the adapter is trained with learning rate 0, so that it stays zero, while the
-statistics are collected; each row then sets its importance and sizes on that model. Rows that train are one run each.
+One-shot rows share one observation: an adapter trained with learning rate 0, so that it stays zero, while every
+statistic is collected. Rows that train have ``--steps`` optimizer steps, observation included.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from accuracy import task_accuracies
+from common import PeakMemory, Results, head, load, read_text, train, training_arguments, windows
+from lora_prune import lora_prune
+from neuron_selection import select_neurons
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoTokenizer, HfArgumentParser
 
 from lora_svd import LoraSVDCallback, LoraSVDConfig
+from lora_svd.compact import parameter_report
 from lora_svd.evaluation import perplexity
 from lora_svd.importance import IMPORTANCES, Importance, plain
 from lora_svd.statistics import STATISTICS
-
-PUBLISHED = {"allocation": "uniform", "factor_format": "factors", "rank_multiple": 1}
-OURS = {"allocation": "global", "factor_format": "pivoted", "rank_multiple": 8}
-ONE_SHOT: dict[str, dict[str, Any]] = {
-    "svd": {"importance": "none", **PUBLISHED},
-    "fwsvd": {"importance": "fisher", **PUBLISHED},
-    "asvd": {"importance": "activation_scale", **PUBLISHED},
-    "svd_llm": {"importance": "activation", **PUBLISHED},
-    "kfac_svd": {"importance": "kronecker", **PUBLISHED},
-    "lora, as published": {"importance": "lora", **PUBLISHED},
-    "ours, lora_activation": {"importance": "lora_activation", **OURS},
-    "ours, gradient_activation": {"importance": "gradient_activation", **OURS},
-    "ours, kronecker": {"importance": "kronecker", **OURS},
-}
-TRAINED: dict[str, dict[str, Any]] = {
-    "svd_llm + LoRA": {"importance": "activation", **PUBLISHED},
-    "ours + recovery": {"train_factors": True},
-    "ours, kronecker + recovery": {"train_factors": True, "importance": "kronecker"},
-}
 
 
 @dataclass
@@ -54,139 +43,199 @@ class Arguments:
     model: str = field(metadata={"help": "Causal language model: a local folder or a name on the Hub."})
     train: list[str] = field(metadata={"help": "Text files to observe and to train on."})
     test: list[str] = field(metadata={"help": "NAME=FILE of each text to evaluate; nothing is tuned on them."})
-    results: str = field(metadata={"help": "JSON file to read earlier results from and to write to."})
+    results: str = field(metadata={"help": "File of JSON lines to read earlier results from and to append to."})
+    tasks: str | None = field(default=None, metadata={"help": "Folder of ARC-Easy, HellaSwag and LAMBADA; none: skip."})
+    task_limit: int | None = field(default=None, metadata={"help": "Documents of each task; none: all."})
     rows: list[str] = field(default_factory=list, metadata={"help": "Names of rows; none: all of them."})
     sizes: list[float] = field(default_factory=lambda: [0.8, 0.6, 0.4, 0.2], metadata={"help": "param_ratio."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds of the rows that train."})
     steps: int = field(default=100, metadata={"help": "Optimizer steps of a run, observation included."})
-    observed_steps: int = field(default=40, metadata={"help": "Steps observed by the one-shot rows."})
+    observed_steps: int = field(default=24, metadata={"help": "Steps observed by the rows that do not train."})
     batch: int = field(default=2, metadata={"help": "Windows in a step."})
     window: int = field(default=1024, metadata={"help": "Tokens in a window, in training and evaluation."})
     eval_tokens: int = field(default=40960, metadata={"help": "Tokens of each test text that are evaluated."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Of the rows that train; cosine decay."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Of rows that train; cosine decay."})
     config: str = field(default="{}", metadata={"help": "JSON of LoraSVDConfig fields for 'ours', for ablations."})
     label: str = field(default="", metadata={"help": "Put behind the row's name, for ablations."})
+
+
+class Benchmark:
+    """Texts, training data and the observation that the one-shot rows share."""
+
+    def __init__(self, given: Arguments) -> None:
+        self.given = given
+        self.results = Results(Path(given.results))
+        self.cache = Path(".cache/benchmarks")
+        self.tokenizer = AutoTokenizer.from_pretrained(given.model)
+        self.examples: Any = windows(self.tokenizer, (read_text(Path(path)) for path in given.train), given.window)
+        texts = ((name, read_text(Path(path))) for name, path in (entry.split("=", 1) for entry in given.test))
+        self.texts = {name: head(self.tokenizer, text, given.eval_tokens) for name, text in texts}
+        self.observation_seconds = 0.0
+
+    def run(self, name: str) -> None:
+        """All sizes and seeds of a row that have no result yet."""
+        row, label = ROWS[name], name + self.given.label
+        for size in [1.0] if row.dense else self.given.sizes:
+            for seed in self.given.seeds if row.trains else [0]:
+                key = {"row": label, "param_ratio": size, "seed": seed}
+                if self.results.has(**key):
+                    continue
+                self.observation_seconds, memory, start = 0.0, PeakMemory(), time.perf_counter()
+                with memory.watch():
+                    model = row.make(self, size, seed)
+                seconds = time.perf_counter() - start + self.observation_seconds
+                cost = {"seconds": round(seconds, 1), "peak_mebibytes": memory.mebibytes}
+                self.results.add(key | cost | self.measure(model))
+
+    def measure(self, model: Any) -> dict[str, Any]:
+        """Size, perplexities and accuracies of a finished model."""
+        size = parameter_report(model)
+        measured: dict[str, Any] = {"parameters": size.parameters, "bytes": size.bytes}
+        with torch.autocast(device_type=model.device.type, dtype=torch.bfloat16):
+            for name, text in self.texts.items():
+                measured[name] = round(perplexity(model, self.tokenizer, text, window=self.given.window).value, 4)
+            if self.given.tasks:
+                accuracies = task_accuracies(model, self.tokenizer, Path(self.given.tasks), self.given.task_limit)
+                measured |= {name: round(value, 4) for name, value in accuracies.items()}
+        return measured
+
+    def train(self, model: Any, steps: int, seed: int, learning_rate: float | None = None) -> Any:
+        """Train a PEFT model in place; a LoraSVD adapter goes through its phases."""
+        rate = self.given.learning_rate if learning_rate is None else learning_rate
+        arguments = training_arguments(self.cache, steps=steps, batch=self.given.batch, learning_rate=rate, seed=seed)
+        ours = isinstance(model.peft_config["default"], LoraSVDConfig)
+        return train(model, self.examples, arguments, *[LoraSVDCallback()] * ours)
+
+    def folder(self, kind: str, **settings: Any) -> Path:
+        """Where something is kept that these settings, the model and the training text determine."""
+        given = self.given
+        known = [given.model, given.train, given.batch, given.window, settings]
+        return self.cache / f"{kind}-{sha256(json.dumps(known).encode()).hexdigest()[:12]}"
+
+    def observed(self) -> Any:
+        """The dense model with an adapter that has seen ``observed_steps`` steps and is still zero."""
+        folder = self.folder("observation", observed_steps=self.given.observed_steps)
+        if not (folder / "seconds.json").exists():
+            start = time.perf_counter()
+            config = LoraSVDConfig(param_ratio=0.99, importance=EVERYTHING, warmup=self.given.observed_steps)
+            model = get_peft_model(load(self.given.model), config)
+            self.train(model, self.given.observed_steps, seed=0, learning_rate=0.0).save_pretrained(str(folder))
+            (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
+        self.observation_seconds = json.loads((folder / "seconds.json").read_text())
+        return PeftModel.from_pretrained(load(self.given.model), str(folder), is_trainable=True)
+
+
+def dense(bench: Benchmark, size: float, seed: int) -> Any:
+    """The model as it is."""
+    return load(bench.given.model)
+
+
+def dense_lora(bench: Benchmark, size: float, seed: int) -> Any:
+    """Plain LoRA of PEFT on the same tokens, merged: what the domain alone gives."""
+    config = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    return bench.train(get_peft_model(load(bench.given.model), config), bench.given.steps, seed).merge_and_unload()
+
+
+def one_shot(bench: Benchmark, size: float, seed: int, **choices: Any) -> Any:
+    """The observed model in other metrics and ranks, without training."""
+    model = bench.observed()
+    for name, value in choices.items():
+        setattr(model.peft_config["default"], name, value)
+    model.base_model.set_param_ratio(size)
+    return model.merge_and_unload()
+
+
+def modegpt(bench: Benchmark, size: float, seed: int) -> Any:
+    """MoDeGPT, from the same observation."""
+    grams = {
+        name.removeprefix("base_model.model."): layer.statistics("default").mean("input_gram")
+        for name, layer in bench.observed().named_modules()
+        if hasattr(layer, "statistics")
+    }
+    return select_neurons(load(bench.given.model), grams, size)
+
+
+def svd_llm_lora(bench: Benchmark, size: float, seed: int) -> Any:
+    """SVD-LLM and its sequential LoRA: half of the steps on the left factors, half on the right ones."""
+    model = one_shot(bench, size, seed, importance="activation", **PUBLISHED)
+    for factor in ("left", "right"):
+        steps = (bench.given.steps - bench.given.observed_steps) // 2
+        config = LoraConfig(r=16, lora_alpha=16, target_modules=rf".*\.{factor}", task_type="CAUSAL_LM")
+        model = bench.train(get_peft_model(model, config), steps, seed).merge_and_unload()
+    return model
+
+
+def pruned(bench: Benchmark, size: float, seed: int) -> Any:
+    """LoRAPrune: structured pruning by LoRA's sensitivities while it trains."""
+    given = bench.given
+    arguments = training_arguments(
+        bench.cache, steps=given.steps, batch=given.batch, learning_rate=given.learning_rate, seed=seed
+    )
+    return lora_prune(load(given.model), bench.examples, arguments, size)
+
+
+def ours(bench: Benchmark, size: float, seed: int, **choices: Any) -> Any:
+    """One run of lora_svd: observe, factorize, recover, absorb."""
+    config = LoraSVDConfig(**{**choices, **json.loads(bench.given.config), "param_ratio": size})
+    return bench.train(get_peft_model(load(bench.given.model), config), bench.given.steps, seed).merge_and_unload()
+
+
+def any_size(bench: Benchmark, size: float, seed: int, **choices: Any) -> Any:
+    """Every size from the one run that was trained for the smallest of ``--sizes``."""
+    given, smallest = bench.given, min(bench.given.sizes)
+    choices |= {**json.loads(given.config), "param_ratio": smallest}
+    folder = bench.folder("trained", steps=given.steps, learning_rate=given.learning_rate, seed=seed, **choices)
+    if not (folder / "adapter_model.safetensors").exists():
+        tuned = get_peft_model(load(given.model), LoraSVDConfig(**choices))
+        bench.train(tuned, given.steps, seed).save_pretrained(folder)
+    model: Any = PeftModel.from_pretrained(load(bench.given.model), str(folder), is_trainable=True)
+    model.base_model.set_param_ratio(size)
+    return model.merge_and_unload()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: how its model is made, and whether it depends on the seed and on the size."""
+
+    make: Callable[[Benchmark, float, int], Any]
+    trains: bool = False
+    dense: bool = False
+
+
+PUBLISHED: dict[str, Any] = {"allocation": "uniform", "factor_format": "factors", "rank_multiple": 1}
+BEST: dict[str, Any] = {"train_factors": True, "distillation": 0.5}
+ROWS = {
+    "dense": Row(dense, dense=True),
+    "dense + LoRA": Row(dense_lora, trains=True, dense=True),
+    "svd": Row(partial(one_shot, importance="none", **PUBLISHED)),
+    "fwsvd": Row(partial(one_shot, importance="fisher", **PUBLISHED)),
+    "asvd": Row(partial(one_shot, importance="activation_scale", **PUBLISHED)),
+    "svd_llm": Row(partial(one_shot, importance="activation", **PUBLISHED)),
+    "kfac_svd": Row(partial(one_shot, importance="kronecker", **PUBLISHED)),
+    "lora, as published": Row(partial(one_shot, importance="lora", **PUBLISHED)),
+    "modegpt": Row(modegpt),
+    "ours, lora_activation": Row(partial(one_shot, importance="lora_activation")),
+    "ours, gradient_activation": Row(partial(one_shot, importance="gradient_activation")),
+    "ours, kronecker": Row(partial(one_shot, importance="kronecker")),
+    "svd_llm + LoRA": Row(svd_llm_lora, trains=True),
+    "loraprune": Row(pruned, trains=True),
+    "ours + recovery, defaults": Row(ours, trains=True),
+    "ours + recovery": Row(partial(ours, **BEST), trains=True),
+    "ours, kronecker + recovery": Row(partial(ours, importance="kronecker", **BEST), trains=True),
+    "ours + recovery, any size from one run": Row(partial(any_size, **BEST), trains=True),
+}
+EVERYTHING = "every statistic that the rows need"
+_needed = {name for preset in IMPORTANCES.values() for name in preset.statistics}
+# in the order of the registry, so that a statistic finds the ones it is built on
+IMPORTANCES[EVERYTHING] = Importance(tuple(name for name in STATISTICS if name in _needed), plain)
 
 
 def main() -> None:
     parser: Any = HfArgumentParser(Arguments)  # pyright: ignore[reportArgumentType]
     (given,) = parser.parse_args_into_dataclasses()
     bench = Benchmark(given)
-    for name in given.rows or ["dense", *ONE_SHOT, "dense + LoRA", *TRAINED]:
+    for name in given.rows or ROWS:
         bench.run(name)
-
-
-class Benchmark:
-    """Texts, results and the model that the one-shot rows share."""
-
-    def __init__(self, given: Arguments) -> None:
-        self.given = given
-        self.path = Path(given.results)
-        self.results: list[dict[str, Any]] = json.loads(self.path.read_text()) if self.path.exists() else []
-        self.tokenizer = AutoTokenizer.from_pretrained(given.model)
-        self.texts = {name: read_text(Path(path)) for name, path in (entry.split("=", 1) for entry in given.test)}
-        self._observed: Any = None
-
-    def run(self, name: str) -> None:
-        """All sizes and seeds of a row that have no result yet."""
-        if name == "dense":
-            if self._missing(name, 1.0, 0):
-                self._measure(name, 1.0, 0, load(self.given.model), 0.0)
-        elif name in ONE_SHOT:
-            for size in self.given.sizes:
-                if self._missing(name, size, 0):
-                    start = time.perf_counter()
-                    model = self._compressed(ONE_SHOT[name], size)
-                    self._measure(name, size, 0, model, time.perf_counter() - start)
-        else:
-            config = {"param_ratio": 1.0} if name == "dense + LoRA" else TRAINED[name] | json.loads(self.given.config)
-            for size in [1.0] if name == "dense + LoRA" else self.given.sizes:
-                for seed in self.given.seeds:
-                    if self._missing(name, size, seed):
-                        start = time.perf_counter()
-                        model = self._trained({**config, "param_ratio": size}, seed)
-                        self._measure(name, size, seed, model, time.perf_counter() - start)
-
-    def _compressed(self, choices: dict[str, Any], size: float) -> Any:
-        """The observed model at another importance, allocation and size."""
-        if self._observed is None:
-            presets = {ONE_SHOT[row]["importance"] for row in self.given.rows or ONE_SHOT if row in ONE_SHOT}
-            needed = {name for preset in presets for name in IMPORTANCES[preset].statistics}
-            # the order of the registry, so that a statistic finds the ones it is built on
-            IMPORTANCES["benchmark"] = Importance(tuple(name for name in STATISTICS if name in needed), plain)
-            config = LoraSVDConfig(param_ratio=0.99, importance="benchmark", warmup=self.given.observed_steps)
-            self._observed = self._train(config, self.given.observed_steps, learning_rate=0.0, seed=0)
-        config = self._observed.peft_config["default"]
-        for field_name, value in choices.items():
-            setattr(config, field_name, value)
-        self._observed.base_model.set_param_ratio(size)
-        return self._observed
-
-    def _trained(self, choices: dict[str, Any], seed: int) -> Any:
-        tuned = self._train(LoraSVDConfig(**choices), self.given.steps, self.given.learning_rate, seed)
-        return tuned.merge_and_unload()
-
-    def _train(self, config: LoraSVDConfig, steps: int, learning_rate: float, seed: int) -> Any:
-        set_seed(seed)
-        tuned = get_peft_model(load(self.given.model), config)
-        arguments = TrainingArguments(
-            output_dir=str(self.path.with_suffix("")) + "-runs",
-            max_steps=steps,
-            per_device_train_batch_size=self.given.batch,
-            learning_rate=learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=5,
-            bf16=True,
-            use_cpu=not torch.accelerator.is_available(),
-            logging_strategy="no",
-            disable_tqdm=True,
-            save_strategy="no",
-            report_to=[],
-            seed=seed,
-        )
-        dataset: Any = list(self._windows())
-        Trainer(model=tuned, args=arguments, train_dataset=dataset, callbacks=[LoraSVDCallback()]).train()
-        return tuned
-
-    def _windows(self) -> Iterator[dict[str, Any]]:
-        text = "\n\n".join(read_text(Path(path)) for path in self.given.train)
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        for start in range(0, len(ids) - self.given.window + 1, self.given.window):
-            window = ids[start : start + self.given.window]
-            yield {"input_ids": window, "labels": window}
-
-    def _missing(self, name: str, size: float, seed: int) -> bool:
-        key = (name + self.given.label, size, seed)
-        return all((row["row"], row["param_ratio"], row["seed"]) != key for row in self.results)
-
-    def _measure(self, name: str, size: float, seed: int, model: Any, seconds: float) -> None:
-        result = {"row": name + self.given.label, "param_ratio": size, "seed": seed, "seconds": round(seconds, 1)}
-        with torch.autocast(device_type=model.device.type, dtype=torch.bfloat16):
-            for text_name, text in self.texts.items():
-                value = perplexity(model, self.tokenizer, self._head(text), window=self.given.window)
-                result[text_name] = round(value.value, 4)
-        self.results.append(result)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.results, indent=1) + "\n")
-        print(json.dumps(result), flush=True)
-
-    def _head(self, text: str) -> str:
-        """The beginning of a text, of the number of tokens that is evaluated."""
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: self.given.eval_tokens]
-        return self.tokenizer.decode(ids)
-
-
-def load(name: str) -> Any:
-    """The dense model in float32."""
-    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-
-
-def read_text(path: Path) -> str:
-    """A text file by the WikiText convention (lines joined by blank lines), or the ``text`` fields of JSON lines."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    if path.suffix == ".jsonl":
-        return "\n\n".join(json.loads(line)["text"] for line in lines if line)
-    return "\n\n".join(lines)
 
 
 if __name__ == "__main__":

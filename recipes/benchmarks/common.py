@@ -1,0 +1,119 @@
+"""What the benchmarks share: texts, a Trainer run, results that survive a kill, and the memory a step of work took."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from lora_svd.evaluation import token_blocks
+
+
+def load(name: str) -> Any:
+    """The dense model in float32."""
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+
+
+def read_text(path: Path) -> str:
+    """A text file by the WikiText convention (lines joined by blank lines), or the ``text`` fields of JSON lines."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if path.suffix == ".jsonl":
+        return "\n\n".join(json.loads(line)["text"] for line in lines if line)
+    return "\n\n".join(lines)
+
+
+def head(tokenizer: Any, text: str, tokens: int) -> str:
+    """The beginning of a text, ``tokens`` long."""
+    return tokenizer.decode(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:tokens])
+
+
+def windows(tokenizer: Any, texts: Iterable[str], length: int) -> list[dict[str, Any]]:
+    """Training examples: consecutive windows of the joined texts."""
+    blocks = token_blocks(tokenizer, "\n\n".join(texts), length)
+    return [{"input_ids": block, "labels": block} for block in blocks]
+
+
+def training_arguments(folder: Path, *, steps: int, batch: int, learning_rate: float, seed: int) -> TrainingArguments:
+    """The settings of every run: AdamW, 5 steps of warm-up, cosine decay, bfloat16 autocast."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=5,
+        bf16=True,
+        use_cpu=not torch.accelerator.is_available(),
+        logging_strategy="no",
+        disable_tqdm=True,
+        save_strategy="no",
+        report_to=[],
+        seed=seed,
+    )
+
+
+def train(model: Any, examples: Any, arguments: TrainingArguments, *callbacks: TrainerCallback) -> Any:
+    """Train in place, the same examples in the same order for the same seed."""
+    set_seed(arguments.seed)
+    Trainer(model=model, args=arguments, train_dataset=examples, callbacks=list(callbacks)).train()
+    return model
+
+
+class Results:
+    """A file of JSON lines, one result a line, so that a kill loses nothing and two processes can fill one table."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[dict[str, Any]]:
+        """All results so far."""
+        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+    def has(self, **key: Any) -> bool:
+        """Whether a result with these values is there."""
+        return any(all(result.get(name) == value for name, value in key.items()) for result in self.read())
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Append one result and print it."""
+        line = json.dumps(result)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
+
+
+class PeakMemory:
+    """The most memory held while :meth:`watch` is open, in MiB: of the accelerator, or resident in this process,
+    sampled ten times a second, where there is none."""
+
+    mebibytes = 0
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        if torch.accelerator.is_available():
+            torch.accelerator.reset_peak_memory_stats()
+            yield
+            self.mebibytes = torch.accelerator.max_memory_allocated() >> 20
+            return
+        done, process = threading.Event(), psutil.Process()
+        samples = [process.memory_info().rss]
+
+        def sample() -> None:
+            while not done.wait(0.1):
+                samples.append(process.memory_info().rss)
+
+        thread = threading.Thread(target=sample, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            self.mebibytes = max(samples) >> 20
