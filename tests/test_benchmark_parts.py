@@ -13,7 +13,7 @@ import datasets
 import pytest
 import torch
 from accuracy import load_tasks, task_accuracies
-from figure import draw, plot, table
+from figure import draw, plot, table, with_mean
 from peft import get_peft_model
 from tiny_lm import save_tiny_lm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -242,3 +242,13 @@ def test_results_without_the_dense_model_are_refused() -> None:
     for show in (plot, lambda results, text: table(results, [text])):
         with pytest.raises(ValueError, match=r"no result of row 'dense' at param_ratio 1\.0 has 'words'"):
             show(RESULTS[1:], "words")
+
+
+def test_mean_accuracy_is_that_of_results_with_all_tasks() -> None:
+    results = [
+        {"row": "dense", "param_ratio": 1.0, "seed": 0, "arc_easy": 0.5, "lambada": 0.25},
+        {"row": "ours", "param_ratio": 0.6, "seed": 0, "arc_easy": 0.5},
+    ]
+    assert table(with_mean(results, ["arc_easy", "lambada"]), ["mean accuracy", "lambada"]) == (
+        "| row | mean accuracy 1.0 | lambada 1.0 |\n|---|---:|---:|\n| dense | 0.375 | 0.250 |\n"
+    )

@@ -3,7 +3,8 @@
     python recipes/benchmarks/figure.py recipes/benchmarks/language_model.jsonl --texts wikitext2 c4 \
         --tasks arc_easy hellaswag lambada
 
-prints a table and writes a figure for each text beside the results.
+prints a table for each text and for the mean accuracy over the tasks, and writes a figure for each text beside the
+results.
 
 A result is a dict with ``row`` (the method), ``param_ratio`` (1.0: not compressed), ``seed``, and values by the name of
 what was measured: a perplexity for a text, a share of right answers for a task of ``tasks/``. What one result lacks is
@@ -28,6 +29,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 Result = dict[str, Any]
 
 DENSE = "dense"
+MEAN = "mean accuracy"
 LIMIT = 100.0  # times the dense perplexity: far from a usable model
 TICKS = (0.5, 0.7, 1, 1.2, 1.5, 2, 3, 5, 7, 10, 20, 30, 50, 100)
 # Okabe-Ito, without the yellow, which is hard to see on white
@@ -84,8 +86,8 @@ def table(results: list[Result], columns: list[str]) -> str:
     """A GitHub table: a line for each row, a column for each of ``columns`` at each param_ratio, the largest first.
 
     An entry is the mean over seeds, with the sample standard deviation and the number of seeds if there are several:
-    ``28.45 ± 0.12, n=3``. Behind a perplexity its ratio to the dense model's follows in parentheses; names of tasks in
-    ``tasks/`` are accuracies, all others perplexities.
+    ``28.45 ± 0.12, n=3``. Behind a perplexity its ratio to the dense model's follows in parentheses; ``MEAN`` and the
+    names of tasks in ``tasks/`` are accuracies, all others perplexities.
 
     Raises:
         ValueError: the results have no perplexity of the dense model for one of the columns.
@@ -103,7 +105,7 @@ def _entry(results: list[Result], row: str, size: float, name: str) -> str:
     values = _values(results, row, size, name)
     if not values:
         return "-"
-    accuracy = (Path(__file__).parent / "tasks" / f"{name}.yaml").exists()
+    accuracy = name == MEAN or (Path(__file__).parent / "tasks" / f"{name}.yaml").exists()
     digits = 3 if accuracy else 2
     entry = _number(fmean(values), digits)
     if len(values) > 1:
@@ -212,8 +214,16 @@ def main() -> None:
     results = [json.loads(line) for line in given.results.read_text(encoding="utf-8").splitlines()]
     for name in given.texts:
         draw(results, name, given.results.with_name(f"{given.results.stem}-{name}.png"))
-    for name in (*given.texts, *given.tasks):
+    for name in given.texts:
         print(table(results, [name]))
+    if given.tasks:
+        print(table(with_mean(results, given.tasks), [MEAN]))
+
+
+def with_mean(results: list[Result], tasks: list[str]) -> list[Result]:
+    """The results with their mean accuracy over ``tasks``, where all of them were measured."""
+    measured = [result for result in results if all(task in result for task in tasks)]
+    return [result | {MEAN: fmean(result[task] for task in tasks)} for result in measured]
 
 
 if __name__ == "__main__":
