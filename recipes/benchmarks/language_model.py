@@ -70,7 +70,7 @@ class Benchmark:
         self.examples: Any = windows(self.tokenizer, (read_text(Path(path)) for path in given.train), given.window)
         texts = ((name, read_text(Path(path))) for name, path in (entry.split("=", 1) for entry in given.test))
         self.texts = {name: head(self.tokenizer, text, given.eval_tokens) for name, text in texts}
-        self.observation_seconds = 0.0
+        self.observation_seconds = 0.0  # of an observation made earlier that a row uses
 
     def run(self, name: str) -> None:
         """All sizes and seeds of a row that have no result yet."""
@@ -121,7 +121,8 @@ class Benchmark:
             model = get_peft_model(load(self.given.model), config)
             self.train(model, self.given.observed_steps, seed=0, learning_rate=0.0).save_pretrained(str(folder))
             (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
-        self.observation_seconds = json.loads((folder / "seconds.json").read_text())
+        else:
+            self.observation_seconds = json.loads((folder / "seconds.json").read_text())
         return PeftModel.from_pretrained(load(self.given.model), str(folder), is_trainable=True)
 
 
