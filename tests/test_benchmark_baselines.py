@@ -73,23 +73,22 @@ def assert_ordinary(model: Any) -> None:
 
 
 class TestSelectNeurons:
+    @pytest.mark.parametrize("query_key", ["svd", "cr"])
     @pytest.mark.parametrize("attention_ratio", [None, 1.0, 0.75])
-    @pytest.mark.parametrize("param_ratio", [0.9, 0.7, 0.6])
-    def test_budget_is_met_to_within_one_neuron(self, param_ratio, attention_ratio):
+    @pytest.mark.parametrize("param_ratio", [0.85, 0.7, 0.6])
+    def test_budget_is_met_to_within_one_neuron(self, param_ratio, attention_ratio, query_key):
         model = tiny()
         budget = int(param_ratio * kept_parameters(model))
-        if attention_ratio == 0.75 and param_ratio == 0.9:  # more than there are neurons
-            with pytest.raises(ValueError, match="expected 2 to 64"):
-                ns.select_neurons(model, input_grams(model), param_ratio, attention_ratio=attention_ratio)
-            return
-        result = ns.select_neurons(model, input_grams(model), param_ratio, attention_ratio=attention_ratio)
+        choices = {"attention_ratio": attention_ratio, "query_key": query_key}
+        result = ns.select_neurons(model, input_grams(model), param_ratio, **choices)
         assert budget - 3 * HIDDEN < kept_parameters(result) <= budget
 
-    @pytest.mark.parametrize("attention_ratio", [0.7, 1.0])
-    def test_the_result_is_an_ordinary_model(self, attention_ratio):
+    @pytest.mark.parametrize(
+        "choices", [{"attention_ratio": 0.7}, {"attention_ratio": 0.7, "query_key": "cr"}, {"attention_ratio": 1.0}]
+    )
+    def test_the_result_is_an_ordinary_model(self, choices):
         model = tiny()
-        result = ns.select_neurons(model, input_grams(model), 0.7, attention_ratio=attention_ratio)
-        assert_ordinary(result)
+        assert_ordinary(ns.select_neurons(model, input_grams(model), 0.7, **choices))
 
     def test_nothing_changes_at_full_size(self):
         model = tiny()
@@ -100,11 +99,12 @@ class TestSelectNeurons:
         model = tiny()
         before, grams = logits(model), input_grams(model)
         for arguments, words in (
-            ({"param_ratio": 0.1}, "leaves -.* neurons in a block"),
+            ({"param_ratio": 0.1, "attention_ratio": 1.0}, "leave -.* neurons in a block"),
+            ({"param_ratio": 0.9, "attention_ratio": 0.5}, "leave 76.7 neurons in a block .* expected 2 to 64"),
             ({"param_ratio": 0.5, "block_influence": [0.1]}, "got 1 values, expected one for each of 3 blocks"),
         ):
             with pytest.raises(ValueError, match=words):
-                ns.select_neurons(model, grams, attention_ratio=1.0, **arguments)
+                ns.select_neurons(model, grams, **arguments)
         assert torch.equal(logits(model), before)
         with pytest.raises(ValueError, match="has a bias, expected none"):
             ns.select_neurons(tiny(attention_bias=True), grams, 0.5)
@@ -132,9 +132,24 @@ class TestSelectNeurons:
                 value[:, 6:] = value[:, :2] - value[:, 2:4]
         before = logits(model)
         ratio = (0.75 * ATTENTION + MLP) / (ATTENTION + MLP)
-        result = ns.select_neurons(model, input_grams(model), ratio, attention_ratio=0.75)
+        result = ns.select_neurons(model, input_grams(model), ratio, attention_ratio=0.75, query_key="cr")
         assert kept_parameters(result) == 0.75 * LAYERS * ATTENTION + LAYERS * MLP
         torch.testing.assert_close(logits(result), before, rtol=1e-4, atol=1e-4)
+
+    def test_query_and_key_of_low_rank_are_factorized_without_loss(self):
+        model = tiny()
+        with torch.no_grad():
+            for layer in model.model.layers:
+                for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                    linear.weight.copy_(torch.randn(len(linear.weight), 10) @ torch.randn(10, HIDDEN) / 10)
+                value = layer.self_attn.v_proj.weight.view(GROUPS, DIM, HIDDEN)
+                value[:, 6:] = value[:, :2] - value[:, 2:4]
+        before, grams = logits(model), input_grams(model)
+        for index, layer in enumerate(model.model.layers):
+            gram = grams[f"model.layers.{index}.self_attn.q_proj"].double()
+            ns.shrink_attention(layer.self_attn, gram, 0.75, "svd")
+        assert [part.weight.shape for part in model.model.layers[0].self_attn.k_proj] == [(12, HIDDEN), (24, 12)]
+        torch.testing.assert_close(logits(model), before, rtol=1e-3, atol=1e-3)
 
     def test_attention_stays_dense_while_the_neurons_suffice(self):
         model = tiny()
@@ -144,7 +159,7 @@ class TestSelectNeurons:
         assert not torch.equal(logits(model), before)
         ns.select_neurons(model := tiny(), grams, 0.5)
         neurons = sum(layer.mlp.up_proj.out_features for layer in model.model.layers)
-        assert neurons / (LAYERS * WIDTH) == pytest.approx(0.5 * 2 / 3, abs=0.05)  # heads are rounded up
+        assert neurons / (LAYERS * WIDTH) == pytest.approx(0.5 * 5 / 6, abs=0.05)  # heads are rounded up
         assert model.model.layers[0].self_attn.v_proj[0].out_features < GROUPS * DIM
 
     def test_block_influence(self):
@@ -200,7 +215,7 @@ class TestNeuronSelectionFormulas:
         query = attention.q_proj.weight.detach().clone().view(GROUPS, 2, DIM, HIDDEN)
         key = attention.k_proj.weight.detach().clone().view(GROUPS, DIM, HIDDEN)
         x = torch.randn(300, HIDDEN)
-        ns.shrink_query_key(attention, (x.T @ x / 300).double(), 3)
+        ns.shrink_query_key(attention, (x.T @ x / 300).double(), 6)
         for g in range(GROUPS):
             scores = []
             for p in range(4):

@@ -146,15 +146,15 @@ def one_shot(bench: Benchmark, size: float, seed: int, **choices: Any) -> Any:
     return model.merge_and_unload()
 
 
-def modegpt(bench: Benchmark, size: float, seed: int, *, dense_attention: bool = False) -> Any:
-    """MoDeGPT, from the same observation: one ratio in all modules, as published, or attention spared."""
+def modegpt(bench: Benchmark, size: float, seed: int, *, stronger: bool = False) -> Any:
+    """MoDeGPT, from the same observation: one ratio in all modules and CR, as published, or what is better."""
     grams = {
         name.removeprefix("base_model.model."): layer.statistics("default").mean("input_gram")
         for name, layer in bench.observed().named_modules()
         if hasattr(layer, "statistics")
     }
-    share = None if dense_attention else size
-    return select_neurons(load(bench.given.model), grams, size, attention_ratio=share)
+    choices: dict[str, Any] = {} if stronger else {"attention_ratio": size, "query_key": "cr"}
+    return select_neurons(load(bench.given.model), grams, size, **choices)
 
 
 def svd_llm_lora(bench: Benchmark, size: float, seed: int) -> Any:
@@ -216,7 +216,7 @@ ROWS = {
     "kfac_svd": Row(partial(one_shot, importance="kronecker", **PUBLISHED)),
     "lora, as published": Row(partial(one_shot, importance="lora", **PUBLISHED)),
     "modegpt": Row(modegpt),
-    "modegpt, dense attention": Row(partial(modegpt, dense_attention=True)),
+    "modegpt, stronger": Row(partial(modegpt, stronger=True)),
     "ours, lora_activation": Row(partial(one_shot, importance="lora_activation")),
     "ours, gradient_activation": Row(partial(one_shot, importance="gradient_activation")),
     "ours, kronecker": Row(partial(one_shot, importance="kronecker")),
