@@ -18,12 +18,10 @@ from tqdm.auto import tqdm
 
 from .allocation import LayerShape, allocate_ranks
 from .decompositions import DECOMPOSITIONS, Factors
-from .errors import LoraSVDError, NumericalError
+from .errors import LoraSVDError, NumericalError, in_module
 from .importance import IMPORTANCES
 from .linalg import Metrics, shrink
 from .statistics import STATISTICS, LayerStatistics
-
-_LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def compute_spectra(layers: Mapping[str, LayerInput], settings: CompressionSetti
     decomposition = DECOMPOSITIONS[settings.decomposition]
     spectra = {}
     for name, layer in _progress(layers, "spectra"):
-        with _named(name):
+        with in_module(name):
             spectra[name] = decomposition.spectrum(layer.weight(), layer_metrics(name, layer, settings))
     return spectra
 
@@ -127,7 +125,7 @@ def factorize(
         elif trained is not None and rank == trained.rank:
             yield name, trained
         else:
-            with _named(name):
+            with in_module(name):
                 metrics = layer_metrics(name, layer, settings)
                 weight = trained_weight(layer, metrics, settings)
                 yield name, decomposition.factorize(weight, metrics, rank)
@@ -147,22 +145,9 @@ def absorb(name: str, layer: LayerInput, factors: Factors, bypass: Factors, sett
     parameters. A bypass that is zero leaves the factors as they are."""
     if not bool(bypass.left.any()):
         return factors
-    with _named(name):
+    with in_module(name):
         metrics = layer_metrics(name, layer, settings)
         return DECOMPOSITIONS[settings.decomposition].truncate(factors.stacked(bypass), metrics, factors.rank)
-
-
-class _named:
-    """Puts the module's name in front of a numerical failure."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, NumericalError | _LinAlgError) and self._name not in str(error):
-            raise NumericalError(f"{self._name}: {error}") from error
 
 
 def _progress(layers: Mapping[str, LayerInput], label: str) -> Iterable[tuple[str, LayerInput]]:

@@ -21,6 +21,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .compact import keep_unpacked
 from .config import LoraSVDConfig
 from .decompositions import Factors
 from .errors import LoraSVDError
@@ -42,6 +43,7 @@ class InjectedModel(BaseTuner):
             self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
             self._given_ranks: dict[str, dict[str, int] | None] = {}  # compact_ranks that the user chose, by adapter
             self._trained: dict[str, dict[str, Factors]] = {}  # factors as training left them, by adapter and layer
+            self._unpacked = keep_unpacked(model)
         self._trained.pop(adapter_name, None)
 
     def _prepare_model(self, peft_config: LoraSVDConfig, model: nn.Module) -> None:
@@ -78,10 +80,6 @@ class InjectedModel(BaseTuner):
                 "torch.nn.Linear, transformers Conv1D or a quantized linear layer. Name other modules, or leave this "
                 "one out with exclude_modules"
             )
-        if hasattr(base, "support_avx512bf16_for_cpu"):
-            # bitsandbytes on a CPU repacks 4-bit weights in an evaluation pass; dequantization is wrong from then on.
-            setattr(base, "support_avx512bf16_for_cpu", False)  # noqa: B010 - for the type checker
-            base.state_dict()  # unpacks, in place, what an earlier evaluation pass has packed
         new = LoraSVDLinear(target, self._shared_gram, **get_quantization_kwargs(self))
         new.update_layer(adapter_name, peft_config, key=current_key, r=r, lora_alpha=alpha)
         if adapter_name not in self.active_adapters:

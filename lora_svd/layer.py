@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .allocation import LayerShape
+from .compact import num_bytes
 from .decompositions import Factors, balance
 from .errors import LoraSVDError, NumericalError
 from .importance import IMPORTANCES
@@ -119,6 +120,11 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
         """The frozen weight, (out, in), dequantized if need be; the one before any merge."""
         weight = self.get_base_weight() if self._unmerged is None else self._unmerged
         return weight.T if self.fan_in_fan_out else weight
+
+    def weight_bytes(self) -> int:
+        """Bytes of the base layer's weight as it is stored."""
+        weight: Any = self.get_base_layer().weight
+        return num_bytes(weight)
 
     def bypass_factors(self, adapter_name: str) -> Factors:
         """s B (out, r) and A (r, in), float32."""

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
 
 from .allocation import LayerShape, budget_of, check_budget, given_ranks, kept_parameters
-from .compact import LoraSVDCompactConfig, LowRankLinear, compact_module, describe_compact, untie
-from .compression import CompressionSettings, LayerInput, absorb, choose_ranks, compute_spectra, factorize
+from .compact import (
+    LoraSVDCompactConfig,
+    LowRankLinear,
+    check_quantization,
+    compact_module,
+    describe_compact,
+    num_bytes,
+    quantize_modules,
+    untie,
+)
+from .compression import (
+    CompressionSettings,
+    LayerInput,
+    absorb,
+    choose_ranks,
+    compute_spectra,
+    factorize,
+    layer_metrics,
+)
 from .config import LoraSVDConfig
 from .decompositions import Factors
 from .distillation import distillation_loss, label_positions
@@ -65,6 +84,8 @@ class LoraSVDModel(InjectedModel):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         if hasattr(self, "_distillation_hook"):
             self._distillation_hook.remove()
+        for layer in self._unpacked:
+            setattr(layer, "support_avx512bf16_for_cpu", True)  # noqa: B010 - for the type checker
         return super()._unload_and_optionally_merge(*args, **kwargs)  # pyright: ignore[reportReturnType]
 
     def update_and_allocate(
@@ -204,30 +225,63 @@ class LoraSVDModel(InjectedModel):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
         compact: bool = True,
+        quantization_config: BitsAndBytesConfig | None = None,
     ) -> nn.Module:
         """The compact model, a plain model without PEFT modules, its bypass absorbed into the factors or kept as ranks.
 
         If training ended before the schedule did, the compression is finished first, with a warning. ``compact=False``
         merges the LoRA into the *dense* weights instead: train small, infer large. Use the returned model.
 
+        Args:
+            progressbar, safe_merge, adapter_names: as for every method of PEFT.
+            compact: whether the model is to be smaller.
+            quantization_config: with ``load_in_4bit``: linear layers, factors included, are rounded to 4 bits so that
+                the error of their outputs on the observed inputs is small (:mod:`lora_svd.rounding`). None: factors in
+                the type of the base's weights, or the one they are dequantized to.
+
         Raises:
-            LoraSVDError: nothing was observed, or several adapters are to be made one compact model.
+            LoraSVDError: nothing was observed, several adapters are to be made one compact model, or the
+                quantization is not one that can be applied.
             NumericalError: a weight is not finite or cannot be factorized. The model is left as it was.
         """
-        description = None
+        names = adapter_names or self.active_adapters
+        smaller = compact and any(self._config(name).param_ratio < 1 for name in names)
+        if quantization_config is not None:
+            self._check_quantization(quantization_config, names, smaller)
         if not compact:
-            for adapter_name in adapter_names or self.active_adapters:
-                for _, layer in self._tuner_layers(adapter_name):
-                    layer.set_factors(adapter_name, None)
-        elif any(self._config(name).param_ratio < 1 for name in adapter_names or self.active_adapters):
-            with torch.no_grad():
-                description = self._compact(self._single_adapter(adapter_names))
-        model = super().merge_and_unload(progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
-        if description is not None:
-            describe_compact(model, description)
-            if self._use_cache is not None:  # Trainer turns it off, and the compact model would generate slowly
-                self.model.config.use_cache = self._use_cache
+            for name in names:
+                for _, layer in self._tuner_layers(name):
+                    layer.set_factors(name, None)
+        if not smaller:
+            return super().merge_and_unload(progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
+        name = self._single_adapter(adapter_names)
+        layers, inputs, settings = self._pipeline(name)
+        bytes_before = sum(layer.weight_bytes() for layer in layers.values())
+        quantization = quantization_config or getattr(getattr(self.model, "config", None), "quantization_config", None)
+        with torch.no_grad():
+            description = self._compact(name)
+            model: Any = super().merge_and_unload(progressbar=progressbar, adapter_names=adapter_names)
+            if quantization_config is not None:
+                quantize_modules(model, quantization_config, partial(_input_gram, inputs, settings))
+        describe_compact(model, description, quantization)
+        _warn_if_larger(model, layers, bytes_before)
+        if self._use_cache is not None:  # Trainer turns it off, and the compact model would generate slowly
+            self.model.config.use_cache = self._use_cache
         return model
+
+    def _check_quantization(self, config: BitsAndBytesConfig, names: Iterable[str], smaller: bool) -> None:
+        if not smaller:
+            raise LoraSVDError(
+                "quantization_config: got one for a dense model, expected compact=True and param_ratio < 1. Save the "
+                "merged model and give it to from_pretrained"
+            )
+        if any(self._config(name).factor_format != "factors" for name in names):
+            raise LoraSVDError(
+                "factor_format: got 'pivoted' with a quantization_config, expected 'factors', since pivoted ones "
+                "amplify rounding. Train with it, best with rank_multiple=64 as well; after training, set it in the "
+                "adapter's config and call set_param_ratio"
+            )
+        check_quantization(config)
 
     def _compact(self, adapter_name: str) -> LoraSVDCompactConfig:
         """Replace every layer of the adapter by a plain compact module, once all of them could be computed."""
@@ -287,6 +341,24 @@ class LoraSVDModel(InjectedModel):
         shapes: dict[str, LayerShape] = {name: given.shape for name, given in inputs.items()}
         kept = kept_parameters({name: config.compact_ranks[name] for name in shapes}, shapes, config.factor_format)
         return kept <= budget_of(shapes, config.param_ratio)
+
+
+def _input_gram(inputs: Mapping[str, LayerInput], settings: CompressionSettings, name: str) -> Tensor | None:
+    """E[x x^T] of a layer that was observed, shrunk; None where the importance has no full column metric."""
+    column = layer_metrics(name, inputs[name], settings).column if name in inputs else None
+    return column if column is not None and column.dim() == 2 else None
+
+
+def _warn_if_larger(model: nn.Module, names: Iterable[str], bytes_before: int) -> None:
+    """A pair of factors in full precision is usually larger than the 4-bit weight that it replaces."""
+    modules = [model.get_submodule(name) for name in names]
+    size = sum(num_bytes(tensor) for module in modules for tensor in module.state_dict(keep_vars=True).values())
+    if size > bytes_before:
+        warnings.warn(
+            f"merge_and_unload: the compact layers take {size:,} bytes, the weights they replace {bytes_before:,}. Use "
+            "merge_and_unload(quantization_config=BitsAndBytesConfig(load_in_4bit=True)), or a lower param_ratio",
+            stacklevel=3,
+        )
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from .loader import LoraSVDCompactConfig, LoraSVDCompactQuantizer, describe_compact, save_compact, untie
 from .low_rank import LowRankLinear, compact_module
+from .quantized import check_quantization, keep_unpacked, quantize_modules
 from .report import LayerReport, ParameterReport, parameter_report
+from .stored import num_bytes
 
 __all__ = [
     "LayerReport",
@@ -10,9 +12,13 @@ __all__ = [
     "LoraSVDCompactQuantizer",
     "LowRankLinear",
     "ParameterReport",
+    "check_quantization",
     "compact_module",
     "describe_compact",
+    "keep_unpacked",
+    "num_bytes",
     "parameter_report",
+    "quantize_modules",
     "save_compact",
     "untie",
 ]

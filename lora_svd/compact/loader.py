@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..allocation import FACTOR_FORMATS
 from ..errors import LoraSVDError
 from .low_rank import LowRankLinear
+from .quantized import empty_quantized, inner_quantizer, keep_unpacked, quantized_names
 
 FORMAT_VERSION = 1
 
@@ -37,6 +38,8 @@ class LoraSVDCompactConfig(QuantizationConfigMixin):
         dense_parameters: numbers in the targeted weights before compression, the denominator of ``param_ratio``.
         tied_parameters: those of them that were the weight of another module as well (a head tied to the embedding).
         method: how it was made: importance, allocation, compensation.
+        bitsandbytes: a ``BitsAndBytesConfig`` as a dict, if some weights are quantized.
+        quantized: names of the linear layers, factors included, whose weights are.
         format_version: of the layout of the tensors.
     """
 
@@ -47,6 +50,8 @@ class LoraSVDCompactConfig(QuantizationConfigMixin):
         dense_parameters: int = 0,
         tied_parameters: int = 0,
         method: Mapping[str, Any] | None = None,
+        bitsandbytes: Mapping[str, Any] | None = None,
+        quantized: Iterable[str] = (),
         format_version: int = FORMAT_VERSION,
         **_: Any,
     ) -> None:
@@ -65,34 +70,61 @@ class LoraSVDCompactConfig(QuantizationConfigMixin):
         self.dense_parameters = dense_parameters
         self.tied_parameters = tied_parameters
         self.method = dict(method or {})
+        self.bitsandbytes = dict(bitsandbytes) if bitsandbytes else None
+        self.quantized = list(quantized)
         self.format_version = format_version
 
 
 class LoraSVDCompactQuantizer(HfQuantizer):
-    """Builds the low-rank layers of a compact checkpoint; loads nothing but tensors."""
+    """Builds the low-rank layers of a compact checkpoint; loads nothing but tensors.
+
+    Weights that are quantized are left to transformers' quantizer of bitsandbytes.
+    """
 
     requires_calibration = True  # refuses to be asked for on a dense checkpoint
     quantization_config: LoraSVDCompactConfig
+
+    def __init__(self, quantization_config: LoraSVDCompactConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        given = quantization_config.bitsandbytes
+        self._inner = inner_quantizer(given) if given else None
+        if self._inner is not None:
+            self.serialized_names = self._inner.serialized_names
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if self._inner is not None:
+            self._inner.validate_environment(*args, **kwargs)
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        return self._inner is not None and self._inner.param_needs_quantization(model, param_name, **kwargs)
+
+    @property
+    def quantized_element_size(self) -> float | None:
+        return None if self._inner is None else self._inner.quantized_element_size
+
+    def get_load_operations(self) -> dict[str, Any]:
+        return {} if self._inner is None else self._inner.get_load_operations()
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         config = self.quantization_config
-        _check_ranks(config.ranks, _saved_shapes(checkpoint_files or []), model.base_model_prefix + ".")
+        packed = {f"{name}.weight" for name in config.quantized}
+        shapes = {key: shape for key, shape in _saved_shapes(checkpoint_files or []).items() if key not in packed}
+        _check_ranks(config.ranks, shapes, model.base_model_prefix + ".")
         for saved_name, rank in config.ranks.items():
             name, dense = _find(model, saved_name)
             untie(model, name)
             _replace(model, name, dense, rank, config.factor_format)
+        for saved_name in config.quantized:
+            name, linear = _find(model, saved_name)
+            if isinstance(linear, nn.Linear | Conv1D):
+                model.set_submodule(name, empty_quantized(linear, cast(Any, self._inner).quantization_config))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        # Nothing is quantized: without the marks, casting, training and PEFT treat the model like any other.
-        setattr(model, "is_quantized", False)  # noqa: B010 - for the type checker
-        for attribute in ("hf_quantizer", "quantization_method"):
-            if hasattr(model, attribute):
-                delattr(model, attribute)
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                module.config.__dict__.pop("_is_quantized", None)
+        # Without quantized weights nothing is: casting, training and PEFT treat the model like any other.
+        mark(model, None if self._inner is None else self)
+        keep_unpacked(model)
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -177,8 +209,14 @@ def untie(model: nn.Module, name: str) -> bool:
     return tied.pop(f"{name}.weight", None) is not None
 
 
-def describe_compact(model: nn.Module, config: LoraSVDCompactConfig) -> None:
-    """Make a model with low-rank layers plain and self-describing: trainable, its ranks in ``model.config``."""
+def describe_compact(model: nn.Module, config: LoraSVDCompactConfig, quantization: Any = None) -> None:
+    """Make a model with low-rank layers plain and self-describing: trainable, its ranks in ``model.config``.
+
+    Args:
+        model: with low-rank layers and no tuner's.
+        config: what it says about itself; what is said of quantized weights is added.
+        quantization: the ``BitsAndBytesConfig`` of the weights that are quantized, if some are.
+    """
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
@@ -188,7 +226,40 @@ def describe_compact(model: nn.Module, config: LoraSVDCompactConfig) -> None:
         # Some configs (T5) read False as something else and tie anyway; the loader unties by the names in ranks.
         untied = {**model.config.to_dict(), "tie_word_embeddings": False}
         model.config.tie_word_embeddings = type(model.config).from_dict(untied).tie_word_embeddings
+    for name in config.ranks:
+        module = model.get_submodule(name)
+        if isinstance(module, LowRankLinear):
+            config.ranks[name] = module.rank
+        elif isinstance(module, nn.Linear):
+            config.ranks[name] = min(module.in_features, module.out_features)
+    config.quantized = quantized_names(model)
+    if config.quantized:
+        config.bitsandbytes = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    mark(model, LoraSVDCompactQuantizer(config) if config.quantized else None)
+    keep_unpacked(model)
     model.config.quantization_config = config
+
+
+def mark(model: PreTrainedModel, quantizer: LoraSVDCompactQuantizer | None) -> None:
+    """Let transformers, Trainer and PEFT see whether the model has quantized weights; None: it has none."""
+    for attribute in ("is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer", "quantization_method"):
+        if hasattr(model, attribute):
+            delattr(model, attribute)
+    marks: dict[str, Any] = {"is_quantized": quantizer is not None}
+    if quantizer is not None and (given := quantizer.quantization_config.bitsandbytes):
+        bits = "4bit" if given["load_in_4bit"] else "8bit"
+        marks |= {"hf_quantizer": quantizer, "quantization_method": "lora_svd", f"is_loaded_in_{bits}": True}
+    for attribute, value in marks.items():
+        setattr(model, attribute, value)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config.__dict__.pop("_is_quantized", None)
+    # Saving reverses what loading did, but bitsandbytes' layers save themselves and their conversions have no reverse.
+    done = getattr(model, "_weight_conversions", None) or []
+    of_quantizer = [any(hasattr(op, "hf_quantizer") for op in getattr(entry, "operations", ())) for entry in done]
+    kept: Any = [entry for entry, drop in zip(done, of_quantizer, strict=True) if not drop]
+    if len(kept) < len(done):
+        model._weight_conversions = kept
 
 
 def save_compact(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..decompositions import Factors, balance, pivot
+from .stored import full_precision
 
 
 class LowRankLinear(nn.Module):
@@ -57,10 +58,10 @@ class LowRankLinear(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """The weight (out, in) that this layer stands for."""
-        product = self.left.weight @ self.right.weight
+        left, right = full_precision(self.left), full_precision(self.right)
         if self.factor_format == "factors":
-            return product
-        return torch.cat([self.right.weight, product])[self.order]
+            return left @ right
+        return torch.cat([right, left @ right])[self.order]
 
     def extra_repr(self) -> str:
         return (

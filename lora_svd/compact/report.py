@@ -8,6 +8,7 @@ from torch import nn
 
 from .loader import LoraSVDCompactConfig
 from .low_rank import LowRankLinear
+from .stored import num_bytes, num_parameters
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class ParameterReport:
 def parameter_report(model: nn.Module) -> ParameterReport:
     """Count a model as it is stored now. Markers and indices count as bytes, not as parameters."""
     layers = {name: _layer(module) for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(num_parameters(parameter) for parameter in model.parameters())
     stored = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     saved = sum(layer.dense_parameters - layer.parameters for layer in layers.values())
     config = getattr(getattr(model, "config", None), "quantization_config", None)
@@ -65,7 +66,7 @@ def parameter_report(model: nn.Module) -> ParameterReport:
         targeted, tied = sum(layer.dense_parameters for layer in layers.values()), 0
     return ParameterReport(
         parameters=parameters,
-        bytes=sum(tensor.numel() * tensor.element_size() for tensor in stored.values()),
+        bytes=sum(num_bytes(tensor) for tensor in stored.values()),
         dense_parameters=parameters + saved - tied,
         targeted_parameters=targeted - saved,
         dense_targeted_parameters=targeted,
@@ -79,7 +80,7 @@ def _layer(module: LowRankLinear) -> LayerReport:
     return LayerReport(
         shape=(module.out_features, module.in_features),
         rank=module.rank,
-        parameters=sum(tensor.numel() for tensor in tensors),
+        parameters=sum(num_parameters(tensor) for tensor in tensors),
         dense_parameters=module.in_features * module.out_features,
-        bytes=sum(tensor.numel() * tensor.element_size() for tensor in stored),
+        bytes=sum(num_bytes(tensor) for tensor in stored),
     )

@@ -1,0 +1,178 @@
+"""Compact models whose factors are stored in 4 or 8 bits by bitsandbytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+from transformers.utils.import_utils import is_bitsandbytes_available
+
+from ..errors import LoraSVDError, NumericalError, in_module
+from ..rounding import mix, refit_left, round_weight
+from .low_rank import LowRankLinear
+from .stored import full_precision, is_quantized
+
+BLOCK = 64  # numbers with one scale
+
+
+def keep_unpacked(model: nn.Module) -> list[nn.Module]:
+    """Stop bitsandbytes from repacking 4-bit weights, undo it where it has happened, and return the layers concerned.
+
+    On a CPU with AVX512-BF16 an evaluation pass repacks the weights for good. From then on dequantization gives other
+    numbers, training loses the gradients of the inputs, and sizes that are no multiple of 64 fail.
+    """
+    layers = [layer for layer in model.modules() if getattr(layer, "support_avx512bf16_for_cpu", False)]
+    for layer in layers:
+        setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010 - for the type checker
+        layer.state_dict()  # unpacks in place
+    return layers
+
+
+def inner_quantizer(config: Mapping[str, Any]) -> HfQuantizer:
+    """transformers' own quantizer of a ``BitsAndBytesConfig.to_dict()``, for weights that are quantized already."""
+    given: Any = BitsAndBytesConfig.from_dict(dict(config))
+    kind: Any = Bnb4BitHfQuantizer if given.load_in_4bit else Bnb8BitHfQuantizer
+    return kind(given, pre_quantized=True)
+
+
+def empty_quantized(linear: nn.Module, config: BitsAndBytesConfig) -> nn.Module:
+    """bitsandbytes' layer of the shape of ``linear``, without weights."""
+    holder = nn.ModuleDict({"linear": linear})
+    return replace_with_bnb_linear(holder, quantization_config=config, pre_quantized=True)["linear"]  # pyright: ignore[reportIndexIssue]
+
+
+def quantized_names(model: nn.Module) -> list[str]:
+    """The modules whose weight is one of bitsandbytes'."""
+    return [name for name, module in model.named_modules() if is_quantized(getattr(module, "weight", None))]
+
+
+def check_quantization(config: BitsAndBytesConfig) -> None:
+    """Raise unless ``config`` asks for 4 bits and bitsandbytes is there."""
+    if not config.load_in_4bit:
+        raise LoraSVDError(
+            "quantization_config: got load_in_4bit=False, expected True, since a compact model is rounded to 4 bits "
+            "only. Use BitsAndBytesConfig(load_in_4bit=True), or leave it out for factors in full precision"
+        )
+    if not is_bitsandbytes_available():
+        raise LoraSVDError("quantization_config: needs bitsandbytes, which is not installed; pip install bitsandbytes")
+
+
+def quantize_modules(
+    model: PreTrainedModel, config: BitsAndBytesConfig, gram: Callable[[str], Tensor | None] = lambda _: None
+) -> None:
+    """Round the linear layers of a compact model to 4 bits, in place; the output layer and embeddings stay.
+
+    The ranks are mixed, the right factor is rounded, the left one refitted to it and rounded then
+    (:mod:`lora_svd.rounding`). Ranks are filled up to a multiple of 64, the block that the kernels of bitsandbytes need
+    in a row; where that is no longer smaller than the product, the product is stored.
+
+    Args:
+        model: compact, with ``factor_format="factors"``.
+        config: fp4 or nf4, double quantization and the type to compute in as the user wants.
+        gram: E[x x^T] of a module's inputs, (in, in), by its name; a module without one is rounded to nearest.
+
+    Raises:
+        NumericalError: bitsandbytes does not return what was stored.
+    """
+    check_quantization(config)
+    kept = set(get_keys_to_not_convert(model))
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    factors = {id(factor) for module in layers.values() for factor in (module.left, module.right)}
+    others = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear or is_quantized(getattr(module, "weight", None))
+        if name not in kept and id(module) not in factors
+    }
+    for name, module in tqdm({**layers, **others}.items(), desc="4 bits", leave=False, delay=2):
+        with in_module(name):
+            if isinstance(module, LowRankLinear):
+                new = _quantize_factors(module, config, gram(name))
+            else:
+                new = _quantized(full_precision(module).detach(), config, gram(name), _bias(module))
+        model.set_submodule(name, new)
+
+
+def _quantize_factors(module: LowRankLinear, config: BitsAndBytesConfig, gram: Tensor | None) -> nn.Module:
+    weight, padding = module.left.weight, -module.rank % BLOCK
+    rank = module.rank + padding
+    if rank * (module.in_features + module.out_features) >= module.in_features * module.out_features:
+        return _quantized(module.dense_weight().detach(), config, gram, _bias(module.left))
+    left, right = (factor.weight.detach().cpu().double() for factor in (module.left, module.right))
+    left, right = mix(nn.functional.pad(left, (0, padding)), nn.functional.pad(right, (0, 0, 0, padding)))
+    module.right = _quantized(right.to(weight), config, None, None)  # the refitted left makes good what this does
+    rounded = full_precision(module.right).cpu().double()
+    inner = None if gram is None else rounded @ gram.double() @ rounded.T
+    left = refit_left(left, right, rounded, gram)
+    module.left = _quantized(left.to(weight), config, inner, _bias(module.left))
+    module.rank = rank
+    return module
+
+
+def _bias(linear: nn.Module) -> nn.Parameter | None:
+    bias: Any = linear.bias
+    return bias
+
+
+def _quantized(weight: Tensor, config: BitsAndBytesConfig, gram: Tensor | None, bias: nn.Parameter | None) -> Any:
+    """bitsandbytes' layer of a weight (out, in), rounded in the metric ``gram``."""
+    bitsandbytes: Any = import_module("bitsandbytes")
+    out_features, in_features = weight.shape
+    with torch.device("meta"):
+        linear = nn.Linear(in_features, out_features, bias=bias is not None)
+    layer: Any = empty_quantized(linear, config)
+    packed, state = bitsandbytes.functional.quantize_4bit(
+        weight.to("cpu").contiguous(),
+        compress_statistics=config.bnb_4bit_use_double_quant,
+        quant_type=config.bnb_4bit_quant_type,
+        quant_storage=config.bnb_4bit_quant_storage,
+    )
+    scale = _scales(state)
+    codes = round_weight(weight.to("cpu"), scale, state.code, gram)
+    flat = nn.functional.pad(codes.flatten(), (0, codes.numel() % 2)).to(torch.uint8)
+    packed.view(torch.uint8).flatten()[: len(flat) // 2] = flat[::2] << 4 | flat[1::2]
+    layer.weight = bitsandbytes.nn.Params4bit(
+        packed,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=state.blocksize,
+        compress_statistics=config.bnb_4bit_use_double_quant,
+        quant_type=config.bnb_4bit_quant_type,
+        quant_storage=config.bnb_4bit_quant_storage,
+        bnb_quantized=True,
+        module=layer,
+    )
+    layer.quant_state, layer.bias = state, bias
+    keep_unpacked(layer)
+    layer.to(weight.device)
+    _check_stored(layer, scale * state.code.cpu()[codes])
+    return layer
+
+
+def _check_stored(layer: nn.Module, expected: Tensor) -> None:
+    """bitsandbytes 0.50 reads rows that are no multiple of its block wrongly on some CPUs."""
+    found = full_precision(layer).detach().cpu().float()
+    error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+    if not error < 0.05:
+        raise NumericalError(
+            f"a weight of {tuple(expected.shape)} that bitsandbytes stores in 4 bits comes back with a relative error "
+            f"of {error:.2f}, expected 0. Leave the module out, or use factors in full precision"
+        )
+
+
+def _scales(state: Any) -> Tensor:
+    """The scale of every number of a weight, (out, in), as dequantization uses it."""
+    absmax = state.absmax
+    if state.nested:
+        absmax = import_module("bitsandbytes").functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    shape = torch.Size(state.shape)
+    return absmax.float().repeat_interleave(state.blocksize)[: shape.numel()].view(shape)
