@@ -61,6 +61,8 @@ def line_figure(
         axes.plot(x, y, dash, color=colors[name], marker=marker, markevery=every, markersize=5, label=_text(name))
     axes.set_xscale("log" if log_x else "linear")
     axes.set_yscale("log" if log_y else "linear")
+    if not log_x and all(float(value).is_integer() for x, _ in series.values() for value in x):
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     for name, x in (marks or {}).items():
         _draw_mark(axes, name, x, colors.get(name))
     axes.set_xlabel(_text(x_label))
@@ -195,7 +197,7 @@ def _cells(names: Iterable[str]) -> dict[str, tuple[int | None, str]]:
     parts = {}
     for name in names:
         components = name.split(".")
-        depth, _ = _depth_and_projection(name)
+        depth, _ = depth_and_projection(name)
         if depth is not None:
             components[next(i for i, part in enumerate(components) if part.isdecimal())] = "*"
         parts[name] = (depth, components)
@@ -207,7 +209,7 @@ def _cells(names: Iterable[str]) -> dict[str, tuple[int | None, str]]:
         length += 1
 
 
-def _depth_and_projection(name: str) -> tuple[int | None, str]:
+def depth_and_projection(name: str) -> tuple[int | None, str]:
     components = name.split(".")
     depth = next((int(part) for part in components if part.isdecimal()), None)
     return depth, components[-1]
