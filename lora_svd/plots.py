@@ -1,4 +1,4 @@
-"""Figures in one style: readable on a phone (5.2 inches wide at 10 points), told apart without colour. No pyplot state.
+"""Figures in one style: readable on a phone (4.6 inches wide at 10 points), told apart without colour. No pyplot state.
 
 Colours are Okabe and Ito's (2008) and cividis, which colour-blind readers see alike.
 """
@@ -17,7 +17,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from .errors import LoraSVDError
 
-WIDTH = 5.2  # inches
+WIDTH = 4.6  # inches
 PNG_DPI = 200
 # Okabe-Ito without the yellow, which is hard to see on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")

@@ -98,7 +98,7 @@ def test_png(tmp_path: Path):
     save_png(depth_map({"layers.0.a": 1.0, "layers.1.a": 2.0}, title="t", label="l"), path)
     with Image.open(path) as image:
         colors = image.convert("RGB").getcolors(maxcolors=100_000)
-        assert image.width == 1040
+        assert image.width == 920
     assert colors is not None
     assert {(0, 34, 78), (254, 232, 56)} <= {color for _, color in colors}  # both ends of cividis
 
