@@ -38,6 +38,7 @@ def perplexity(
     window: int = 1024,
     *,
     batch_size: int = 1,
+    max_tokens: int | None = None,
     progress: bool = True,
 ) -> Perplexity:
     """Perplexity of ``model`` on ``text``.
@@ -56,6 +57,7 @@ def perplexity(
         text: at least one window long.
         window: tokens in one window, at least 2, at most what the model's position embeddings allow.
         batch_size: windows in one forward pass; changes memory and speed, and the value by rounding only.
+        max_tokens: only the windows that fit into this many tokens are read, at least one; None: all.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -65,7 +67,10 @@ def perplexity(
     if batch_size < 1:
         raise LoraSVDError(f"batch_size is {batch_size}; it must be at least 1")
     _check_window(model, window)
-    batches = token_blocks(tokenizer, text, window, field="window").split(batch_size)
+    blocks = token_blocks(tokenizer, text, window, field="window")
+    if max_tokens is not None:
+        blocks = blocks[: max(1, max_tokens // window)]
+    batches = blocks.split(batch_size)
     device = next(model.parameters()).device
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -145,6 +145,13 @@ class LoraSVDModel(InjectedModel):
             optimizer.state.pop(replaced, None)
         group["params"] = present
 
+    def current_param_ratio(self, adapter_name: str | None = None) -> float:
+        """Parameters kept / original parameters of the targeted weights as they stand: 1 until they are factorized."""
+        name = adapter_name or self.active_adapters[0]
+        shapes = {key: given.shape for key, given in self._pipeline(name)[1].items()}
+        total = sum(shape.parameters for shape in shapes.values())
+        return _kept_parameters(self._config(name), shapes) / total
+
     def set_param_ratio(self, param_ratio: float, adapter_name: str | None = None) -> None:
         """Choose another size: factorize again for ``param_ratio`` from what was observed. Before ``merge_and_unload``.
 
@@ -303,7 +310,9 @@ class LoraSVDModel(InjectedModel):
                 )
             self._compress(adapter_name, config.param_ratio)
         modules = {
-            name: self._compact_layer(name, layer, inputs[name], adapter_name, settings)
+            name: compact_layer(
+                name, layer, inputs[name], layer.factors(adapter_name), layer.bypass_factors(adapter_name), settings
+            )
             for name, layer in layers.items()
         }
         tied = [name for name in modules if untie(self.model, name)]
@@ -321,26 +330,35 @@ class LoraSVDModel(InjectedModel):
             },
         )
 
-    def _compact_layer(
-        self, name: str, layer: LoraSVDLinear, given: LayerInput, adapter_name: str, settings: CompressionSettings
-    ) -> nn.Module:
-        factors, bypass = layer.factors(adapter_name), layer.bypass_factors(adapter_name)
-        if factors is None:
-            result: Factors | Tensor = given.weight() + bypass.product().cpu().double()
-        elif given.shape.extra_rank or factors.rank >= given.shape.full_rank:
-            result = factors.stacked(bypass)
-            if result.rank >= given.shape.full_rank:
-                result = result.product()
-        else:
-            result = absorb(name, given, factors, bypass, settings)
-        return compact_module(result, layer.get_base_layer(), layer.dense_weight(), settings.factor_format)
-
     def _reached_target(self, config: LoraSVDConfig, inputs: dict[str, LayerInput]) -> bool:
-        if not config.compressed or not config.compact_ranks:
-            return False
-        shapes: dict[str, LayerShape] = {name: given.shape for name, given in inputs.items()}
-        kept = kept_parameters({name: config.compact_ranks[name] for name in shapes}, shapes, config.factor_format)
-        return kept <= budget_of(shapes, config.param_ratio)
+        shapes = {name: given.shape for name, given in inputs.items()}
+        return config.compressed and _kept_parameters(config, shapes) <= budget_of(shapes, config.param_ratio)
+
+
+def compact_layer(
+    name: str,
+    layer: LoraSVDLinear,
+    given: LayerInput,
+    factors: Factors | None,
+    bypass: Factors,
+    settings: CompressionSettings,
+) -> nn.Module:
+    """The plain module for a layer whose weight is ``factors`` (None: whole) and whose bypass is ``bypass``."""
+    if factors is None:
+        result: Factors | Tensor = given.weight() + bypass.product().cpu().double()
+    elif given.shape.extra_rank or factors.rank >= given.shape.full_rank:
+        result = factors.stacked(bypass)
+        if result.rank >= given.shape.full_rank:
+            result = result.product()
+    else:
+        result = absorb(name, given, factors, bypass, settings)
+    return compact_module(result, layer.get_base_layer(), layer.dense_weight(), settings.factor_format)
+
+
+def _kept_parameters(config: LoraSVDConfig, shapes: Mapping[str, LayerShape]) -> int:
+    ranks = config.compact_ranks if config.compressed and config.compact_ranks else {}
+    in_force = {name: ranks.get(name, shape.full_rank) for name, shape in shapes.items()}
+    return kept_parameters(in_force, shapes, config.factor_format)
 
 
 def _input_gram(inputs: Mapping[str, LayerInput], settings: CompressionSettings, name: str) -> Tensor | None:

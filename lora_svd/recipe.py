@@ -42,6 +42,11 @@ class CompressArguments:
     window: int = option(1024, "Tokens in one window of the perplexity evaluation.")
     prompt: str = option("", "Text that the dense and the compact model continue; empty: none.")
     max_new_tokens: int = option(48, "Tokens to continue the prompt by.")
+    report_sizes: list[float] = field(
+        default_factory=lambda: [0.9, 0.75],
+        metadata={"help": "Further values of param_ratio whose perplexity the report shows; none if empty."},
+    )
+    report_tokens: int = option(2048, "Tokens of eval_text that it is measured on, in whole windows; 0: not at all.")
 
     def __post_init__(self) -> None:
         for name in ("model", "train_text", "eval_text"):
@@ -50,9 +55,12 @@ class CompressArguments:
         for name in ("train_text", "eval_text"):
             if not Path(getattr(self, name)).is_file():
                 raise LoraSVDError(f"{name}: no file {getattr(self, name)!r} (working directory: {Path.cwd()})")
-        for name, least in (("block_length", 2), ("window", 2), ("max_new_tokens", 1)):
+        for name, least in (("block_length", 2), ("window", 2), ("max_new_tokens", 1), ("report_tokens", 0)):
             if getattr(self, name) < least:
                 raise LoraSVDError(f"{name}: got {getattr(self, name)}, expected an integer >= {least}")
+        for size in self.report_sizes:
+            if isinstance(size, bool) or not isinstance(size, int | float) or not 0 < size <= 1:
+                raise LoraSVDError(f"report_sizes: got {size!r}, expected numbers in (0, 1]")
         if self.dtype not in DTYPES:
             raise LoraSVDError(f"dtype: unknown value {self.dtype!r}, expected one of {sorted(DTYPES)}")
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerState,
     set_seed,
 )
 
 from .compact import parameter_report, save_compact
 from .errors import LoraSVDError
 from .evaluation import Perplexity, perplexity, token_blocks
+from .html_report import Measured, Messages, ReportData, TrainedRun, bytes_by_part, recorded_messages, write_report
 from .model_card import model_card
 from .recipe import DTYPES, CompressArguments, Recipe
 from .run_report import RunReport
@@ -40,7 +43,7 @@ def compress(recipe: Recipe, say: Callable[[str], None]) -> RunReport:
     """Load, measure, train, merge, measure, save, and measure again in a new process.
 
     The compact model, its tokenizer, its model card and ``report.json`` go to ``OUTPUT_DIR/compact``. An earlier model
-    there is replaced only when the new one is complete.
+    there is replaced only when the new one is complete. A page with figures goes to ``OUTPUT_DIR/report``.
 
     Args:
         recipe: what to do.
@@ -49,6 +52,11 @@ def compress(recipe: Recipe, say: Callable[[str], None]) -> RunReport:
     Raises:
         LoraSVDError: the recipe cannot be carried out, or the saved model differs from the one in memory.
     """
+    with recorded_messages() as messages:
+        return _compress(recipe, say, messages)
+
+
+def _compress(recipe: Recipe, say: Callable[[str], None], messages: Messages) -> RunReport:
     run, clock = recipe.run, _Clock()
     folder = Path(recipe.training.output_dir or ".") / "compact"
     set_seed(recipe.training.seed)
@@ -57,41 +65,46 @@ def compress(recipe: Recipe, say: Callable[[str], None]) -> RunReport:
         tokenizer, model = load_model(run.model, run.dtype, recipe.training.device)
         with about(run.train_text):
             blocks = token_blocks(tokenizer, train_text, run.block_length, field="block_length")
-        dense_size = parameter_report(model)
     with clock("evaluate dense"), about(run.eval_text):
-        before = perplexity(model, tokenizer, eval_text, window=run.window)
-        say(f"perplexity of {run.model}: {before}")
-        dense_says = _continue_prompt(model, tokenizer, run)
+        dense = _measure(model, tokenizer, eval_text, run)
+        say(f"perplexity of {run.model}: {dense.perplexity}")
     with clock("train and compress"):
-        tuned = _train(model, blocks, recipe)
+        tuned, state = _train(model, blocks, recipe)
+    trained = TrainedRun(tuned.base_model, state)
     with clock("merge"):
-        compact = tuned.merge_and_unload()
+        model = tuned.merge_and_unload()
     with clock("evaluate compact"):
-        after = perplexity(compact, tokenizer, eval_text, window=run.window)
-        say(f"perplexity of the compact model: {after}")
-        compact_says = _continue_prompt(compact, tokenizer, run)
+        compact = _measure(model, tokenizer, eval_text, run)
+        say(f"perplexity of the compact model: {compact.perplexity}")
     with clock("save"):
-        _save(compact, tokenizer, folder)
+        _save(model, tokenizer, folder)
     with clock("reload and evaluate"):
         reloaded = _evaluate_in_new_process(folder, recipe)
+    with clock("report"):
+        options = {"tokenizer": tokenizer, "text": eval_text, "window": run.window, "max_tokens": run.report_tokens}
+        others = run.report_sizes if run.report_tokens else ()
+        perplexities = trained.perplexities(model, others, partial(perplexity, **options))
+        training = trained.summary()
     report = RunReport(
         model=run.model,
-        dense_bytes=dense_size.bytes,
-        size=parameter_report(compact),
-        perplexity_dense=before.value,
-        perplexity_compact=after.value,
+        dense_bytes=dense.size.bytes,
+        size=compact.size,
+        perplexity_dense=dense.perplexity.value,
+        perplexity_compact=compact.perplexity.value,
         perplexity_reloaded=reloaded.value,
-        perplexity_tokens=before.tokens,
+        perplexity_tokens=dense.perplexity.tokens,
         window=run.window,
         seconds=clock.seconds,
         recipe=recipe.chosen,
     )
     (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
     (folder / "README.md").write_text(model_card(report, str(folder)), encoding="utf-8")
-    _check_reloaded(after, reloaded, folder)
-    say(f"\n{report.table()}\n\nThe compact model is in {folder}.")
+    data = ReportData(report, dense, compact, training, perplexities, run.prompt, messages)
+    page = write_report(data, folder.with_name("report"))
+    _check_reloaded(compact.perplexity, reloaded, folder)
+    say(f"\n{report.table()}\n\nThe compact model is in {folder}, a report with figures in {page}.")
     if run.prompt:
-        say(f"\nDense:   {dense_says}\n\nCompact: {compact_says}")
+        say(f"\nDense:   {dense.says}\n\nCompact: {compact.says}")
     return report
 
 
@@ -147,8 +160,17 @@ def about(path: str) -> Iterator[None]:
         raise type(error)(f"{path}: {error}") from error
 
 
-def _train(model: PreTrainedModel, blocks: Tensor, recipe: Recipe) -> Any:
-    """The PEFT model after the Trainer's run, its weights compressed on the way."""
+def _measure(model: Any, tokenizer: PreTrainedTokenizerBase, text: str, run: CompressArguments) -> Measured:
+    return Measured(
+        size=parameter_report(model),
+        bytes_by_part=bytes_by_part(model),
+        perplexity=perplexity(model, tokenizer, text, window=run.window),
+        says=_continue_prompt(model, tokenizer, run),
+    )
+
+
+def _train(model: PreTrainedModel, blocks: Tensor, recipe: Recipe) -> tuple[Any, TrainerState]:
+    """The PEFT model after the Trainer's run, its weights compressed on the way, and what the Trainer logged."""
     try:
         tuned = get_peft_model(model, recipe.config)
     except (ValueError, TypeError) as error:  # how PEFT refuses a configuration, LoraSVDError included
@@ -157,10 +179,11 @@ def _train(model: PreTrainedModel, blocks: Tensor, recipe: Recipe) -> Any:
         model=tuned,
         args=recipe.training,
         train_dataset=[{"input_ids": block, "labels": block} for block in blocks],  # pyright: ignore[reportArgumentType] - any sized sequence will do
-        callbacks=[LoraSVDCallback()],
     )
+    # Before those that report, so that they get the size that it adds to the log.
+    trainer.callback_handler.callbacks.insert(0, LoraSVDCallback())
     trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
-    return tuned
+    return tuned, trainer.state
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

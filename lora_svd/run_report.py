@@ -49,10 +49,10 @@ class RunReport:
     recipe: dict[str, Any]
     versions: dict[str, str] = field(default_factory=installed_versions)
 
-    def table(self) -> str:
-        """The closing table, plain text that is a Markdown table as well."""
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """What was measured: a heading, then name, dense, compact, their ratio."""
         size = self.size
-        rows = [
+        return [
             ("", "dense", "compact", "compact / dense"),
             _row("parameters", size.dense_parameters, size.parameters, "model_param_ratio"),
             _row("targeted parameters", size.dense_targeted_parameters, size.targeted_parameters, "param_ratio"),
@@ -60,6 +60,10 @@ class RunReport:
             ("perplexity", f"{self.perplexity_dense:.3f}", f"{self.perplexity_compact:.3f}", ""),
             ("perplexity, reloaded", "", f"{self.perplexity_reloaded:.3f}", ""),
         ]
+
+    def table(self) -> str:
+        """The closing table, plain text that is a Markdown table as well."""
+        rows = self.rows()
         rows += [(f"seconds: {phase}", "", f"{seconds:.1f}", "") for phase, seconds in self.seconds.items()]
         rows += [("seconds: total", "", f"{sum(self.seconds.values()):.1f}", "")]
         return _markdown(rows)

@@ -43,6 +43,20 @@ class LoraSVDCallback(TrainerCallback):
         optimizer = getattr(optimizer, "optimizer", optimizer)
         find_tuner(model).update_and_allocate(state.global_step, state.max_steps, optimizer)
 
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Add the size of the model to the Trainer's log and to what later callbacks report."""
+        if logs is not None:
+            logs["param_ratio"] = find_tuner(model).current_param_ratio()
+            state.log_history[-1]["param_ratio"] = logs["param_ratio"]
+
 
 def find_tuner(model: nn.Module | None) -> LoraSVDModel:
     """The tuner inside a (wrapped) PEFT model."""

@@ -20,6 +20,7 @@ from lora_svd import LoraSVDConfig
 from lora_svd.cli import main
 from lora_svd.compact import parameter_report
 from lora_svd.evaluation import perplexity
+from lora_svd.html_report.figures import FIGURES
 from lora_svd.recipe import CompressArguments, read_recipe
 
 FOLDER = Path(__file__).parents[1] / "recipes"
@@ -77,7 +78,7 @@ def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 class TestCompress:
     def test_whole_run(self, folder: Path, capsys: pytest.CaptureFixture[str]):
-        assert main(["compress", write_recipe(folder), "--param_ratio", "0.5"]) == 0
+        assert main(["compress", write_recipe(folder, logging_steps=1), "--param_ratio", "0.5"]) == 0
         out = capsys.readouterr().out
         compact = folder / "out" / "compact"
         report = json.loads((compact / "report.json").read_text())
@@ -102,11 +103,19 @@ class TestCompress:
             "evaluate compact",
             "save",
             "reload and evaluate",
+            "report",
         ]
         assert re.search(rf"parameters +\| +{size.dense_parameters:,} \| +{size.parameters:,} \|", out)
         assert f"{value:.3f}" in out
         assert re.search(r"Dense: +w1 w2 w3 w\d+", out)
         assert re.search(r"Compact: w1 w2 w3 w\d+", out)
+
+        page = (folder / "out" / "report" / "index.html").read_text(encoding="utf-8")
+        assert f"{size.parameters:,}" in page
+        assert f"{value:.3f}" in page
+        assert "w1 w2 w3" in page
+        assert {path.stem for path in (folder / "out" / "report").glob("*.png")} == set(FIGURES)
+        assert [path.name for path in compact.iterdir() if path.suffix in (".png", ".html")] == []
 
     def test_model_card_says_how_it_was_made_and_how_to_load_it(self, folder: Path):
         assert main(["compress", write_recipe(folder, prompt=None)]) == 0
@@ -131,6 +140,11 @@ class TestCompress:
         second = json.loads((folder / "out" / "compact" / "report.json").read_text())
         assert second["recipe"] == first["recipe"]
         assert second["perplexity_reloaded"] == first["perplexity_reloaded"]
+
+    @pytest.mark.parametrize("words", [["--report_tokens", "0"], ["--report_sizes", "0.6"]])
+    def test_no_other_sizes(self, folder: Path, words: list[str]):
+        assert main(["compress", write_recipe(folder), *words]) == 0
+        assert "None were tried" in (folder / "out" / "report" / "index.html").read_text(encoding="utf-8")
 
     def test_bfloat16_with_autocast(self, folder: Path):
         assert main(["compress", write_recipe(folder, dtype="bfloat16", bf16=True)]) == 0
@@ -186,6 +200,8 @@ class TestCompress:
             ({"param_ratio": 1.5}, (), "param_ratio: got 1.5, expected a number in (0, 1]"),
             ({"importance": "magic"}, (), "importance: unknown value 'magic', expected one of ["),
             ({"dtype": "int8"}, (), "dtype: unknown value 'int8', expected one of ['auto', 'bfloat16'"),
+            ({"report_sizes": [0.8, 2]}, (), "report_sizes: got 2, expected numbers in (0, 1]"),
+            ({"report_tokens": -1}, (), "report_tokens: got -1, expected an integer >= 0"),
             ({"block_length": 1}, (), "block_length: got 1, expected an integer >= 2"),
             ({"block_length": 601}, (), "train.txt: the text has 600 tokens, `block_length` asks for 601"),
             ({"window": 65}, (), "eval.txt: window is 65, but the model has positions for 64 tokens"),

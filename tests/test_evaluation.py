@@ -49,6 +49,13 @@ def test_equals_the_definition(model: Any, tokenizer: Any, window: int):
     assert tokens == 130 // window * (window - 1)
 
 
+@pytest.mark.parametrize(("max_tokens", "windows"), [(0, 1), (63, 2), (64, 2), (1000, 4)])
+def test_max_tokens_keeps_whole_windows(model: Any, tokenizer: Any, max_tokens: int, windows: int):
+    start = " ".join(TEXT.split()[: 30 * windows])
+    limited = perplexity(model, tokenizer, TEXT, 30, max_tokens=max_tokens, progress=False)
+    assert limited == perplexity(model, tokenizer, start, 30, progress=False)
+
+
 def test_batch_size_changes_rounding_only(model: Any, tokenizer: Any):
     one, three = (perplexity(model, tokenizer, TEXT, 16, batch_size=size, progress=False) for size in (1, 3))
     assert one.value == pytest.approx(three.value, rel=1e-5)

@@ -21,8 +21,9 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
+from lora_svd import LoraSVDCallback
 from lora_svd.compact import LowRankLinear, parameter_report
 from lora_svd.importance import IMPORTANCES
 from lora_svd.layer import LoraSVDLinear
@@ -119,6 +120,21 @@ def test_one_shot_schedule_compresses_once(tmp_path: Path) -> None:
     shares = kept_by_step(tmp_path, warmup=4)
     assert shares[:3] == [1, 1, 1]
     assert all(share == shares[3] for share in shares[3:])
+
+
+def test_the_size_is_logged(tmp_path: Path) -> None:
+    reported = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, *_: object, logs: dict[str, float], **__: object) -> None:
+            reported.append(logs["param_ratio"])
+
+    model = wrap(importance="activation", warmup=3)
+    callbacks = [LoraSVDCallback(), Reporter()]
+    trainer = make_trainer(model, tmp_path, callbacks=callbacks, logging_strategy="steps", logging_steps=1)
+    trainer.train()
+    assert reported == [1, 1, *[share(model)] * 4]  # after each step, and once more at the end
+    assert [entry["param_ratio"] for entry in trainer.state.log_history] == reported
 
 
 def test_cubic_schedule_falls_to_the_target(tmp_path: Path) -> None:

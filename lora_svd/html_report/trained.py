@@ -1,0 +1,180 @@
+"""What a training led to, and what it leads to at other sizes, without changing anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerState
+
+from ..allocation import LayerShape
+from ..compact import parameter_report
+from ..compression import choose_ranks, compute_spectra, factorize
+from ..decompositions import Factors
+from ..errors import LoraSVDError
+from ..evaluation import Perplexity
+from ..model import LoraSVDModel, compact_layer
+from ..schedule import Schedule
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One targeted layer. rank: kept, ``min(out, in)`` = dense. spectrum: squared singular values of the weight in its
+    metrics, descending, float64, (full rank,)."""
+
+    shape: LayerShape
+    rank: int
+    spectrum: Tensor
+
+    @property
+    def kept_share(self) -> float:
+        """Of the full rank."""
+        return self.rank / self.shape.full_rank
+
+    @property
+    def importance(self) -> float:
+        """What the loss of the whole weight would cost: the sum of the spectrum."""
+        return float(self.spectrum.sum())
+
+    @property
+    def discarded(self) -> float:
+        """The part of it beyond the kept rank."""
+        return 0.0 if self.rank >= self.shape.full_rank else float(self.spectrum[self.rank :].sum())
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """A finished training.
+
+    Attributes:
+        layers: the targeted layers by name; empty if nothing was compressed.
+        log: of the Trainer, one dict an entry, with ``step``.
+        steps: optimizer steps done.
+        schedule: phases of the run.
+    """
+
+    layers: Mapping[str, LayerSummary]
+    log: Sequence[Mapping[str, Any]]
+    steps: int
+    schedule: Schedule
+
+
+class TrainedRun:
+    """What a training led to, and the compact layers that it leads to at any size.
+
+    Made before ``merge_and_unload``, used after it: it holds the layers that the merge takes out of the model, and
+    changes none of them. Without layers for ``param_ratio=1``, where nothing was observed.
+
+    Args:
+        tuner: the trained model's ``base_model``, with one active adapter.
+        state: of the Trainer.
+    """
+
+    def __init__(self, tuner: LoraSVDModel, state: TrainerState) -> None:
+        self._adapter = tuner._single_adapter(None)
+        self._config = tuner._config(self._adapter)
+        self._layers, self._inputs, self._settings = tuner._pipeline(self._adapter)
+        self._state, self._schedule = state, tuner.schedule(self._adapter, state.max_steps)
+        if self._config.param_ratio == 1:
+            self._layers, self._inputs = {}, {}
+        if self._config.trains_factors:
+            self._inputs = {
+                name: dataclasses.replace(given, trained=self._layers[name].factors(self._adapter))
+                for name, given in self._inputs.items()
+            }
+
+    @cached_property
+    def spectra(self) -> dict[str, Tensor]:
+        """Squared singular values of every weight in its metrics, by layer."""
+        return compute_spectra(self._inputs, self._settings)
+
+    def summary(self) -> TrainingSummary:
+        """What there is to show, at the size that was merged."""
+        ranks = self._config.compact_ranks or {}
+        layers = {
+            name: LayerSummary(given.shape, ranks[name], self.spectra[name]) for name, given in self._inputs.items()
+        }
+        return TrainingSummary(layers, self._state.log_history, self._state.global_step, self._schedule)
+
+    def perplexities(
+        self, model: nn.Module, param_ratios: Iterable[float], measure: Callable[[nn.Module], Perplexity]
+    ) -> dict[float | None, Perplexity]:
+        """Perplexity by the share of parameters kept: of the dense model (None), the merged one, and of other sizes
+        without further training. A size out of reach is left out with a warning.
+
+        Args:
+            model: the compact model, which has other layers during the call only.
+            param_ratios: sizes to try besides; none: measure nothing.
+            measure: the evaluation.
+        """
+        others = [ratio for ratio in param_ratios if ratio != self._config.param_ratio]
+        if not others or not self._layers:
+            return {}
+        with replaced(model, {name: layer.get_base_layer() for name, layer in self._layers.items()}):
+            found: dict[float | None, Perplexity] = {None: measure(model)}
+        found[parameter_report(model).param_ratio] = measure(model)
+        for modules in self.modules(self._ranks(others)):
+            with replaced(model, modules):
+                found[parameter_report(model).param_ratio] = measure(model)
+        return found
+
+    def _ranks(self, param_ratios: Iterable[float]) -> list[dict[str, int]]:
+        """Kept ranks for each of the sizes that can be reached."""
+        found = []
+        for param_ratio in param_ratios:
+            try:
+                found.append(choose_ranks(self._inputs, self.spectra, param_ratio, self._settings))
+            except LoraSVDError as error:
+                warnings.warn(f"report_sizes: {param_ratio} is left out of the report: {error}", stacklevel=3)
+        return found
+
+    @torch.no_grad()
+    def modules(self, sizes: Sequence[Mapping[str, int]]) -> Iterator[dict[str, nn.Module]]:
+        """The layers that ``set_param_ratio`` and ``merge_and_unload`` would have made, by name, size by size.
+
+        Each weight is factorized once, at its largest rank, of which the smaller ones are the leading parts.
+
+        Args:
+            sizes: kept rank by name, for each size.
+        """
+        cut: dict[str, int] = {}
+        for name, given in self._inputs.items():
+            as_they_are = given.shape.full_rank if given.trained is None else given.trained.rank
+            cut[name] = max((ranks[name] for ranks in sizes if ranks[name] != as_they_are), default=as_they_are)
+        largest = {
+            name: None if factors is None else Factors(factors.left.float().cpu(), factors.right.float().cpu())
+            for name, factors in factorize(self._inputs, cut, self._settings)
+        }
+        for ranks in sizes:
+            yield {name: self._module(name, ranks[name], largest[name]) for name in self._layers}
+
+    def _module(self, name: str, rank: int, largest: Factors | None) -> nn.Module:
+        layer, given = self._layers[name], self._inputs[name]
+        bypass = layer.bypass_factors(self._adapter)
+        if given.trained is not None and rank == given.trained.rank:
+            factors = given.trained
+        elif largest is None or (given.trained is None and rank >= given.shape.full_rank):
+            factors = None
+        else:
+            factors = Factors(largest.left[:, :rank].to(bypass.left), largest.right[:rank].to(bypass.right))
+        return compact_layer(name, layer, given, factors, bypass, self._settings)
+
+
+@contextmanager
+def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """``model`` with other submodules of these names, for the length of a with block."""
+    before = {name: model.get_submodule(name) for name in modules}
+    try:
+        for name, module in modules.items():
+            model.set_submodule(name, module)
+        yield
+    finally:
+        for name, module in before.items():
+            model.set_submodule(name, module)
