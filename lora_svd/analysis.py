@@ -66,8 +66,8 @@ class SpectrumSummary:
         return values | {f"{name}_share": values[name] / self.size for name in ranks}
 
     def energy_kept(self, share: float) -> float:
-        """Share of the energy in the leading ``share`` of all singular values, rounded down; share in [0, 1]."""
-        return float(self.singular_values[: int(share * self.size)].square().sum()) / (self.energy or 1.0)
+        """Share of the energy in the leading ``share`` of all singular values, rounded; share in [0, 1]."""
+        return float(self.singular_values[: round(share * self.size)].square().sum()) / (self.energy or 1.0)
 
 
 @dataclass(frozen=True)
