@@ -13,7 +13,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -282,17 +282,3 @@ def _check_finite(matrix: Tensor) -> None:
     num_bad = int((~torch.isfinite(matrix)).sum())
     if num_bad:
         raise NumericalError(f"{num_bad} of {matrix.numel()} values are not finite, expected none")
-
-
-def as_plain(layer: LayerAnalysis, *, spectra: bool) -> dict[str, Any]:
-    """A layer as JSON values; with ``spectra`` all singular values as well."""
-    plain: dict[str, Any] = {
-        "depth": layer.depth,
-        "projection": layer.projection,
-        "shape": list(layer.shape),
-        "rank": layer.rank,
-        "entries": dataclasses.asdict(layer.entries),
-    }
-    for kind, spectrum in layer.spectra().items():
-        plain[kind] = spectrum.numbers() | ({"singular_values": spectrum.singular_values.tolist()} if spectra else {})
-    return plain

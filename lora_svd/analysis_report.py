@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .analysis import KINDS, LayerAnalysis, as_plain, by_depth, by_projection
+from .analysis import KINDS, LayerAnalysis, by_depth, by_projection
 from .errors import LoraSVDError
 from .run_report import installed_versions, markdown_table
 
@@ -125,8 +126,22 @@ def _plain(layers: Mapping[str, LayerAnalysis], *, spectra: bool) -> dict[str, A
     return {
         "by_projection": by_projection(layers),
         "by_depth": by_depth(layers),
-        "layers": {name: as_plain(layer, spectra=spectra) for name, layer in layers.items()},
+        "layers": {name: _plain_layer(layer, spectra=spectra) for name, layer in layers.items()},
     }
+
+
+def _plain_layer(layer: LayerAnalysis, *, spectra: bool) -> dict[str, Any]:
+    """A layer as JSON values; with ``spectra`` all singular values as well."""
+    plain: dict[str, Any] = {
+        "depth": layer.depth,
+        "projection": layer.projection,
+        "shape": list(layer.shape),
+        "rank": layer.rank,
+        "entries": dataclasses.asdict(layer.entries),
+    }
+    for kind, spectrum in layer.spectra().items():
+        plain[kind] = spectrum.numbers() | ({"singular_values": spectrum.singular_values.tolist()} if spectra else {})
+    return plain
 
 
 def _text(model: str, layers: Mapping[str, LayerAnalysis]) -> str:

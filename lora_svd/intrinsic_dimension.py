@@ -95,9 +95,7 @@ def random_subspace(
 
 
 def intrinsic_dimension(accuracies: Mapping[int, float], full_accuracy: float, share: float = 0.9) -> int:
-    """The least dimension whose accuracy is at least ``share * full_accuracy``: d_90 at the default share.
-
-    Li et al. (2018) take the accuracy of full training for the unit, or 100 % where that is reached.
+    """The least dimension whose accuracy is at least ``share * full_accuracy``: d_90 (Li et al. 2018) at 0.9.
 
     Args:
         accuracies: by dimension; higher is better.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .compact import LowRankLinear, stored_weight
+from .compact.loader import spellings
 from .errors import LoraSVDError
 
 _PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -80,7 +81,7 @@ def folder_weights(folder: str | Path) -> dict[str, LayerWeight]:
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Linear, Conv1D)):
             continue
-        key = next((key for key in _spellings(name, model.base_model_prefix + ".") if f"{key}.weight" in tensors), None)
+        key = next((key for key in spellings(name, model.base_model_prefix + ".") if f"{key}.weight" in tensors), None)
         if key is None:
             missing += [] if _is_tied(model, name) else [name]
         elif f"{key}.right.weight" in tensors:
@@ -142,11 +143,6 @@ def _skeleton(folder: Path) -> PreTrainedModel:
         kind = AutoModel
     with torch.device("meta"):
         return kind.from_config(config) if kind is AutoModel else kind(config)
-
-
-def _spellings(name: str, prefix: str) -> Iterator[str]:
-    """A module's name in the model, in one without a head, and in one with a head on top."""
-    yield from (name, name.removeprefix(prefix), prefix + name)
 
 
 class _Tensors:
