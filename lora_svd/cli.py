@@ -1,4 +1,4 @@
-"""``lora-svd compress RECIPE.yaml`` and ``lora-svd evaluate MODEL``: a thin layer over the package.
+"""``lora-svd compress RECIPE.yaml``, ``evaluate MODEL`` and ``analyze MODEL``: a thin layer over the package.
 
 Results go to stdout, progress and logs to stderr. Exit code 2: a request that cannot be carried out, said in one line.
 """
@@ -12,7 +12,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from .analysis_report import AnalysisReport
+from .analyze import analyze_folder
 from .errors import LoraSVDError
 from .evaluation import perplexity
 from .recipe import OneLineParser, read_recipe, recipe_parser
@@ -21,6 +24,7 @@ from .run import about, compress, find_device, load_model, read_text
 _USAGE = """\
 usage: lora-svd compress RECIPE.yaml [--field value ...]   make a model smaller, as the recipe says
        lora-svd evaluate MODEL --text FILE [--window N]    perplexity of a dense or compact model
+       lora-svd analyze MODEL [--before MODEL]             what is inside the weights of a model or an adapter's run
        lora-svd COMMAND --help                             all fields of a command
 """
 
@@ -34,6 +38,16 @@ class EvaluateArguments:
     dtype: str = field(default="auto", metadata={"help": "Type to load the model in; auto: as it was saved."})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, ...; auto: an accelerator if there is one."})
     json: bool = field(default=False, metadata={"help": "Print one JSON object instead of a line of text."})
+
+
+@dataclass
+class AnalyzeArguments:
+    """Options of ``lora-svd analyze``."""
+
+    before: str = field(default="", metadata={"help": "Folder of the model that MODEL was made from, to show both."})
+    output: str = field(default="", metadata={"help": "JSON file for the numbers of every layer."})
+    figures: str = field(default="", metadata={"help": "Folder for PNG figures."})
+    spectra: bool = field(default=False, metadata={"help": "Write all singular values to the JSON file."})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Callable[[list[str]], None]:
-    commands = {"compress": _compress, "evaluate": _evaluate}
+    commands = {"analyze": _analyze, "compress": _compress, "evaluate": _evaluate}
     if name not in commands:
         raise LoraSVDError(f"unknown command {name!r}, expected one of {sorted(commands)}")
     return commands[name]
@@ -69,18 +83,40 @@ def _compress(words: list[str]) -> None:
 
 
 def _evaluate(words: list[str]) -> None:
-    parser = OneLineParser(EvaluateArguments, prog="lora-svd evaluate")
-    parser.add_argument("model", help="A local folder or a name on the Hub.")
+    options, model_name = _parse("evaluate", EvaluateArguments, "A local folder or a name on the Hub.", words)
+    text = read_text("text", options.text)
+    tokenizer, model = load_model(model_name, options.dtype, find_device(options.device))
+    with about(options.text):
+        result = perplexity(model, tokenizer, text, window=options.window)
+    print(json.dumps(dataclasses.asdict(result)) if options.json else f"perplexity {result}")
+
+
+def _analyze(words: list[str]) -> None:
+    options, model = _parse("analyze", AnalyzeArguments, "A model folder, or a LoraSVD adapter folder.", words)
+    if options.spectra and not options.output:
+        raise LoraSVDError("spectra: they go to the JSON file; name it with --output")
+    before = (options.before, analyze_folder(options.before)) if options.before else None
+    report = AnalysisReport(model, analyze_folder(model), before)
+    print(report.text())
+    try:
+        if options.output:
+            Path(options.output).write_text(report.to_json(spectra=options.spectra), encoding="utf-8")
+        if options.figures:
+            report.write_figures(Path(options.figures))
+    except OSError as error:
+        raise LoraSVDError(f"analyze: cannot write: {error}") from error
+
+
+def _parse(command: str, kind: type, model_help: str, words: list[str]) -> tuple[Any, str]:
+    """The options of a command, and the model that it is about."""
+    parser = OneLineParser(kind, prog=f"lora-svd {command}")
+    parser.add_argument("model", help=model_help)
     options, positional, rest = parser.parse_args_into_dataclasses(
         args=words, return_remaining_strings=True, look_for_args_file=False
     )
     if rest:
-        raise LoraSVDError(f"evaluate: unknown option {rest[0]!r}; `lora-svd evaluate --help` lists them")
-    text = read_text("text", options.text)
-    tokenizer, model = load_model(positional.model, options.dtype, find_device(options.device))
-    with about(options.text):
-        result = perplexity(model, tokenizer, text, window=options.window)
-    print(json.dumps(dataclasses.asdict(result)) if options.json else f"perplexity {result}")
+        raise LoraSVDError(f"{command}: unknown option {rest[0]!r}; `lora-svd {command} --help` lists them")
+    return options, positional.model
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from .analysis import depth_and_projection
 from .errors import LoraSVDError
 
 WIDTH = 4.6  # inches
@@ -207,12 +208,6 @@ def _cells(names: Iterable[str]) -> dict[str, tuple[int | None, str]]:
         if len(set(cells.values())) == len(cells) or length == longest:
             return cells
         length += 1
-
-
-def depth_and_projection(name: str) -> tuple[int | None, str]:
-    components = name.split(".")
-    depth = next((int(part) for part in components if part.isdecimal()), None)
-    return depth, components[-1]
 
 
 def _check_any(values: Any, what: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -66,7 +67,7 @@ class RunReport:
         rows = self.rows()
         rows += [(f"seconds: {phase}", "", f"{seconds:.1f}", "") for phase, seconds in self.seconds.items()]
         rows += [("seconds: total", "", f"{sum(self.seconds.values()):.1f}", "")]
-        return _markdown(rows)
+        return markdown_table(rows)
 
     def to_json(self) -> str:
         """All fields but the single layers' sizes, with both ratios, indented."""
@@ -80,14 +81,14 @@ def _row(name: str, dense: int, compact: int, ratio_name: str) -> tuple[str, str
     return name, f"{dense:,}", f"{compact:,}", f"{ratio_name} {compact / dense:.4f}".strip()
 
 
-def _markdown(rows: list[tuple[str, str, str, str]]) -> str:
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """A table whose first row is the heading; the first column is left aligned, the others right."""
-    widths = [max(3, *(len(row[column]) for row in rows)) for column in range(4)]
+    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
     rule = ("-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:]))
     return "\n".join(_line(row, widths) for row in (rows[0], rule, *rows[1:]))
 
 
-def _line(row: tuple[str, ...], widths: list[int]) -> str:
+def _line(row: Sequence[str], widths: list[int]) -> str:
     cells = [text.rjust(width) for text, width in zip(row, widths, strict=True)]
     cells[0] = row[0].ljust(widths[0])
     return "| " + " | ".join(cells) + " |"

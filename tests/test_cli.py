@@ -304,7 +304,7 @@ class TestEvaluate:
             (("evaluate", "tiny", "--text", "eval.txt"), "window is 1024, but the model has positions for 64 tokens"),
             (("evaluate", "nowhere", "--text", "eval.txt"), "model: cannot load 'nowhere'"),
             (("evaluate", "tiny", "--text", "eval.txt", "--device", "abacus"), "device: unknown value 'abacus'"),
-            (("shrink",), "unknown command 'shrink', expected one of ['compress', 'evaluate']"),
+            (("shrink",), "unknown command 'shrink', expected one of ['analyze', 'compress', 'evaluate']"),
             (("compress",), "compress: the first word must be the recipe"),
             (("compress", "--param_ratio", "0.5"), "compress: the first word must be the recipe"),
         ],

@@ -62,4 +62,4 @@ def test_commands_exist():
     targets = set(re.findall(r"^ +make (\w+)", README, re.MULTILINE))
     assert targets == {"demo", "test"}
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
-    assert set(re.findall(r"^ +lora-svd (\w+)", README, re.MULTILINE)) == {"compress", "evaluate"}
+    assert set(re.findall(r"^ +lora-svd (\w+)", README, re.MULTILINE)) == {"analyze", "compress", "evaluate"}

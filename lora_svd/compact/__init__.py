@@ -1,7 +1,7 @@
 """What a user ships: low-rank layers, their checkpoint, and a report of their size."""
 
 from .loader import LoraSVDCompactConfig, LoraSVDCompactQuantizer, describe_compact, save_compact, untie
-from .low_rank import LowRankLinear, compact_module
+from .low_rank import LowRankLinear, compact_module, stored_weight
 from .quantized import check_quantization, keep_unpacked, quantize_modules
 from .report import LayerReport, ParameterReport, parameter_report
 from .stored import num_bytes
@@ -20,5 +20,6 @@ __all__ = [
     "parameter_report",
     "quantize_modules",
     "save_compact",
+    "stored_weight",
     "untie",
 ]

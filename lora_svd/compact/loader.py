@@ -149,7 +149,7 @@ def _check_ranks(ranks: Mapping[str, int], shapes: Mapping[str, list[int]], pref
     """Raise if a saved tensor contradicts ``ranks``; names that transformers changes on saving are left to it."""
     marked = {key.removesuffix(".weight") for key, shape in shapes.items() if key.endswith(".weight") and shape == [1]}
     saved = {name: shapes[right][0] for name in marked if (right := f"{name}.right.weight") in shapes}
-    named = {spelling: rank for name, rank in ranks.items() for spelling in _spellings(name, prefix)}
+    named = {spelling: rank for name, rank in ranks.items() for spelling in spellings(name, prefix)}
     saved |= {name: min(shape) for name in named if len(shape := shapes.get(f"{name}.weight", [])) == 2}
     for name, rank in saved.items():
         if named.get(name, rank) != rank:
@@ -159,7 +159,7 @@ def _check_ranks(ranks: Mapping[str, int], shapes: Mapping[str, list[int]], pref
             )
 
 
-def _spellings(name: str, prefix: str) -> tuple[str, str, str]:
+def spellings(name: str, prefix: str) -> tuple[str, str, str]:
     """A module's name, as saved, in the model without its head and in one with a head on top."""
     return name, name.removeprefix(prefix), prefix + name
 
@@ -167,7 +167,7 @@ def _spellings(name: str, prefix: str) -> tuple[str, str, str]:
 def _find(model: PreTrainedModel, name: str) -> tuple[str, nn.Module]:
     """The module of that name, also in the model without its head (AutoModel) or with one put on top."""
     prefix = model.base_model_prefix + "."
-    for candidate in _spellings(name, prefix):
+    for candidate in spellings(name, prefix):
         try:
             return candidate, model.get_submodule(candidate)
         except AttributeError:

@@ -58,16 +58,20 @@ class LowRankLinear(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """The weight (out, in) that this layer stands for."""
-        left, right = full_precision(self.left), full_precision(self.right)
-        if self.factor_format == "factors":
-            return left @ right
-        return torch.cat([right, left @ right])[self.order]
+        order = getattr(self, "order", None)
+        return stored_weight(full_precision(self.left), full_precision(self.right), order)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"factor_format={self.factor_format!r}"
         )
+
+
+def stored_weight(left: Tensor, right: Tensor, order: Tensor | None) -> Tensor:
+    """The weight (out, in) that the tensors of a :class:`LowRankLinear` stand for; ``order`` if it is pivoted."""
+    product = left @ right
+    return product if order is None else torch.cat([right, product])[order]
 
 
 def compact_module(result: Factors | Tensor, base: nn.Module, dense: Tensor, factor_format: str) -> nn.Module:

@@ -9,7 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..plots import depth_and_projection, depth_map, grouped_bar_figure, line_figure
+from ..analysis import depth_and_projection
+from ..plots import depth_map, grouped_bar_figure, line_figure
 from .data import ReportData
 from .trained import LayerSummary
 

@@ -1,0 +1,219 @@
+"""The weights of a model's linear layers, dense and dequantized, one at a time: from memory or from a folder.
+
+Weights come as functions, so that one is in memory at a time, whatever the size of the checkpoint. A folder is read
+tensor by tensor; its model is built without memory, from config.json, to know which tensors are linear layers. A head
+that is tied to the embedding has no weight of its own and is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .compact import LowRankLinear, keep_unpacked, stored_weight
+from .compact.loader import spellings
+from .compact.stored import full_precision, is_quantized
+from .errors import LoraSVDError
+
+_PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class LayerWeight:
+    """One linear layer's weight, not yet read.
+
+    Attributes:
+        shape: (out, in).
+        rank: of the factors it is stored as; None for a dense weight.
+        read: returns the weight (out, in) on the CPU: in the stored dtype, or in float64 where it is the product of
+            factors, since rounding the product would give it full rank.
+    """
+
+    shape: tuple[int, int]
+    rank: int | None
+    read: Callable[[], Tensor]
+
+
+def model_weights(model: nn.Module) -> dict[str, LayerWeight]:
+    """Weights of a model in memory by module name: nn.Linear, Conv1D, LowRankLinear and bitsandbytes layers."""
+    low_rank = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    found: dict[str, LayerWeight] = {}
+    for name, module in model.named_modules():
+        if name in low_rank:
+            module = low_rank[name]
+            shape = module.out_features, module.in_features
+            found[name] = LayerWeight(shape, module.rank, partial(_low_rank_weight, module))
+        elif name.rpartition(".")[0] not in low_rank and not _is_tied(model, name) and _is_linear(module):
+            found[name] = LayerWeight(_shape(module), None, partial(_module_weight, module))
+    return found
+
+
+def folder_weights(folder: str | Path) -> dict[str, LayerWeight]:
+    """Weights of a model folder (config.json and safetensors) by module name; nothing is read but the headers.
+
+    The folder may hold a dense model, a compact one, or one that bitsandbytes has saved in 4 bit. No code of the
+    folder is run. Linear layers whose tensor cannot be found are named in a warning.
+
+    Raises:
+        LoraSVDError: the folder is no such folder.
+    """
+    folder = Path(folder)
+    model = _skeleton(folder)
+    tensors = _Tensors(folder, model)
+    found: dict[str, LayerWeight] = {}
+    missing: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            continue
+        key = next((key for key in spellings(name, model.base_model_prefix + ".") if f"{key}.weight" in tensors), None)
+        if key is None:
+            missing += [] if _is_tied(model, name) else [name]
+        elif f"{key}.right.weight" in tensors:
+            found[name] = LayerWeight(_shape(module), tensors.rank(key), partial(tensors.product, key))
+        else:
+            # bitsandbytes turns a Conv1D's weight round before it quantizes it
+            turned = isinstance(module, Conv1D) and not tensors.is_4bit(f"{key}.weight")
+            found[name] = LayerWeight(_shape(module), None, partial(tensors.weight, f"{key}.weight", turned=turned))
+    if not found:
+        raise LoraSVDError(f"model: {folder} has no weight of a linear layer of {type(model).__name__}")
+    if missing:
+        warnings.warn(
+            f"{folder}: no weight is stored under the name of {len(missing)} linear layers, which are left out: "
+            f"{', '.join(missing[:5])}{', ...' if missing[5:] else ''}",
+            stacklevel=2,
+        )
+    return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return (isinstance(module, (nn.Linear, Conv1D)) and module.weight.dim() == 2) or is_quantized(
+        getattr(module, "weight", None)
+    )
+
+
+def _is_tied(model: nn.Module, name: str) -> bool:
+    return f"{name}.weight" in getattr(model, "all_tied_weights_keys", {})
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    return int(module.out_features), int(module.in_features)  # pyright: ignore[reportArgumentType]
+
+
+def _low_rank_weight(module: LowRankLinear) -> Tensor:
+    left, right = (full_precision(layer).detach().cpu().double() for layer in (module.left, module.right))
+    return stored_weight(left, right, module.order.cpu() if module.factor_format == "pivoted" else None)
+
+
+def _module_weight(module: nn.Module) -> Tensor:
+    keep_unpacked(module)
+    weight = full_precision(module).detach().cpu()
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _skeleton(folder: Path) -> PreTrainedModel:
+    """The model of a folder, dense and without memory."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise LoraSVDError(f"model: {folder} is not a folder with a model of transformers: {error}") from error
+    kind: Any = getattr(transformers, next(iter(config.architectures or ()), ""), None)
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        kind = AutoModel
+    with torch.device("meta"):
+        return kind.from_config(config) if kind is AutoModel else kind(config)
+
+
+class _Tensors:
+    """The tensors of a folder's safetensors files by their names in the model, each read when it is asked for."""
+
+    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
+        self._folder = folder
+        self._file_of = self._files()
+        self._ranks = (getattr(model.config, "quantization_config", None) or {}).get("ranks", {})
+        # Some models have other names in memory than in their files; what is put together from several tensors while
+        # it is loaded is no linear layer of the file.
+        changes = get_model_conversion_mapping(model)
+        converters = [change for change in changes if isinstance(change, WeightConverter)]
+        renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+        renamed = {key: rename_source_key(key, renamings, converters) for key in self._file_of}
+        self._stored = {name: key for key, (name, converted) in renamed.items() if converted is None}
+
+    def _files(self) -> Mapping[str, str]:
+        """The file of each tensor."""
+        index = self._folder / SAFE_WEIGHTS_INDEX_NAME
+        if index.is_file():
+            return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not (self._folder / SAFE_WEIGHTS_NAME).is_file():
+            raise LoraSVDError(
+                f"model: {self._folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}; save the model "
+                "with save_pretrained"
+            )
+        with self._open(SAFE_WEIGHTS_NAME) as file:
+            return dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+
+    def _open(self, name: str) -> Any:
+        try:
+            return safe_open(self._folder / name, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise LoraSVDError(f"model: cannot read {self._folder / name}: {error}") from error
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._stored
+
+    def rank(self, key: str) -> int:
+        """Of a low-rank layer; a 4-bit tensor's shape does not tell."""
+        right = f"{key}.right.weight"
+        if self.is_4bit(right):
+            return self._ranks[key]
+        stored = self._stored[right]
+        with self._open(self._file_of[stored]) as file:
+            return file.get_slice(stored).get_shape()[0]
+
+    def is_4bit(self, key: str) -> bool:
+        return f"{key}.absmax" in self
+
+    def weight(self, key: str, *, turned: bool = False) -> Tensor:
+        """A dense or 4-bit weight, (out, in)."""
+        tensor = self._dequantized(key) if self.is_4bit(key) else self._read(key)
+        if tensor.dtype not in _PLAIN_DTYPES:
+            raise LoraSVDError(
+                f"{key}: stored as {tensor.dtype}, expected a floating-point weight or bitsandbytes' 4 bit; load the "
+                "model and analyze it in memory (lora_svd.analyze.analyze_model)"
+            )
+        return tensor.T if turned else tensor
+
+    def product(self, key: str) -> Tensor:
+        """The weight (out, in) of a low-rank layer."""
+        left, right = (self.weight(f"{key}.{side}.weight").double() for side in ("left", "right"))
+        return stored_weight(left, right, self._read(f"{key}.order") if f"{key}.order" in self else None)
+
+    def _read(self, key: str) -> Tensor:
+        stored = self._stored[key]
+        with self._open(self._file_of[stored]) as file:
+            return file.get_tensor(stored)
+
+    def _dequantized(self, key: str) -> Tensor:
+        if find_spec("bitsandbytes") is None:
+            raise LoraSVDError(f"{key}: stored in 4 bit by bitsandbytes, which is missing; pip install bitsandbytes")
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        state = {name: self._read(name) for name in self._stored if name.startswith(f"{key}.")}
+        return dequantize_4bit(self._read(key), QuantState.from_dict(state, device=torch.device("cpu")))
