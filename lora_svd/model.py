@@ -271,7 +271,8 @@ class LoraSVDModel(InjectedModel):
             if quantization_config is not None:
                 quantize_modules(model, quantization_config, partial(_input_gram, inputs, settings))
         describe_compact(model, description, quantization)
-        _warn_if_larger(model, layers, bytes_before)
+        if any(layer.quantization_backend is not None for layer in layers.values()):
+            _warn_if_larger(model, layers, bytes_before)
         if self._use_cache is not None:  # Trainer turns it off, and the compact model would generate slowly
             self.model.config.use_cache = self._use_cache
         return model

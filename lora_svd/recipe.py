@@ -23,6 +23,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from .config import LoraSVDConfig, option
 from .errors import LoraSVDError
 
+QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Written by PEFT and by the tuner, not chosen by a user.
 _BOOKKEEPING = {entry.name for entry in dataclasses.fields(PeftConfig)} | {"compressed"}
@@ -38,6 +39,10 @@ class CompressArguments:
     train_text: str = option("", "UTF-8 text file to train on and to take the statistics from.")
     eval_text: str = option("", "UTF-8 text file, not trained on, whose perplexity is measured before and after.")
     dtype: str = option("auto", f"Type the model is loaded, evaluated and saved in: {', '.join(DTYPES)}.")
+    base_quantization: str = option("none", f"Form the dense weights are loaded in: {', '.join(QUANTIZATIONS)}.")
+    export_quantization: str = option(
+        "none", "Form the compact weights are saved in: none, nf4, fp4; needs factor_format: factors."
+    )
     block_length: int = option(512, "Tokens in one training sequence.")
     window: int = option(1024, "Tokens in one window of the perplexity evaluation.")
     prompt: str = option("", "Text that the dense and the compact model continue; empty: none.")
@@ -61,8 +66,13 @@ class CompressArguments:
         for size in self.report_sizes:
             if isinstance(size, bool) or not isinstance(size, int | float) or not 0 < size <= 1:
                 raise LoraSVDError(f"report_sizes: got {size!r}, expected numbers in (0, 1]")
-        if self.dtype not in DTYPES:
-            raise LoraSVDError(f"dtype: unknown value {self.dtype!r}, expected one of {sorted(DTYPES)}")
+        for name, valid in (
+            ("dtype", DTYPES),
+            ("base_quantization", QUANTIZATIONS),
+            ("export_quantization", QUANTIZATIONS[:3]),
+        ):
+            if getattr(self, name) not in valid:
+                raise LoraSVDError(f"{name}: unknown value {getattr(self, name)!r}, expected one of {sorted(valid)}")
 
 
 @dataclass(frozen=True)
@@ -131,6 +141,11 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise
     except (ValueError, TypeError) as error:  # how TrainingArguments refuses values
         raise LoraSVDError(f"{path.name}: {error}") from error
+    if run.export_quantization != "none" and config.factor_format != "factors":
+        raise LoraSVDError(
+            f"export_quantization: {run.export_quantization} needs factor_format: factors, got {config.factor_format}, "
+            "which amplifies rounding"
+        )
     words = {_option_name(word).removeprefix("no_") for word in overrides if word.startswith("--")}
     changed = {name: _plain(getattr(part, name)) for part in parts for name in words & set(vars(part))}
     return Recipe(run=run, config=config, training=training, chosen=given | changed)

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -62,7 +63,8 @@ def _compress(recipe: Recipe, say: Callable[[str], None], messages: Messages) ->
     set_seed(recipe.training.seed)
     with clock("load"):
         train_text, eval_text = read_text("train_text", run.train_text), read_text("eval_text", run.eval_text)
-        tokenizer, model = load_model(run.model, run.dtype, recipe.training.device)
+        given = _bitsandbytes(run.base_quantization)
+        tokenizer, model = load_model(run.model, run.dtype, recipe.training.device, given)
         with about(run.train_text):
             blocks = token_blocks(tokenizer, train_text, run.block_length, field="block_length")
     with clock("evaluate dense"), about(run.eval_text):
@@ -72,7 +74,7 @@ def _compress(recipe: Recipe, say: Callable[[str], None], messages: Messages) ->
         tuned, state = _train(model, blocks, recipe)
     trained = TrainedRun(tuned.base_model, state)
     with clock("merge"):
-        model = tuned.merge_and_unload()
+        model = tuned.merge_and_unload(quantization_config=_bitsandbytes(run.export_quantization))
     with clock("evaluate compact"):
         compact = _measure(model, tokenizer, eval_text, run)
         say(f"perplexity of the compact model: {compact.perplexity}")
@@ -82,7 +84,8 @@ def _compress(recipe: Recipe, say: Callable[[str], None], messages: Messages) ->
         reloaded = _evaluate_in_new_process(folder, recipe)
     with clock("report"):
         options = {"tokenizer": tokenizer, "text": eval_text, "window": run.window, "max_tokens": run.report_tokens}
-        others = run.report_sizes if run.report_tokens else ()
+        # Other sizes would be in full precision, and not comparable with factors in 4 bits.
+        others = run.report_sizes if run.report_tokens and run.export_quantization == "none" else ()
         perplexities = trained.perplexities(model, others, partial(perplexity, **options))
         training = trained.summary()
     report = RunReport(
@@ -108,7 +111,9 @@ def _compress(recipe: Recipe, say: Callable[[str], None], messages: Messages) ->
     return report
 
 
-def load_model(name: str, dtype: str, device: torch.device) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+def load_model(
+    name: str, dtype: str, device: torch.device, quantization_config: BitsAndBytesConfig | None = None
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Tokenizer and causal language model, dense or compact, from a local folder or the Hub.
 
     Raises:
@@ -118,10 +123,21 @@ def load_model(name: str, dtype: str, device: torch.device) -> tuple[PreTrainedT
         raise LoraSVDError(f"dtype: unknown value {dtype!r}, expected one of {sorted(DTYPES)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, SafetensorError) as error:
+        # bitsandbytes quantizes where the weights are loaded to, and 8-bit models cannot be moved
+        quantized = {"device_map": {"": device}, "quantization_config": quantization_config}
+        options: Any = quantized if quantization_config else {}
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise LoraSVDError(f"model: cannot load {name!r}: {error}") from error
-    return tokenizer, model.to(device)
+    return tokenizer, model if quantization_config else model.to(device)
+
+
+def _bitsandbytes(quantization: str) -> BitsAndBytesConfig | None:
+    if quantization == "none":
+        return None
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantization, bnb_4bit_use_double_quant=True)
 
 
 def find_device(name: str) -> torch.device:

@@ -18,7 +18,10 @@ ROOT = Path(__file__).parents[1]
 
 def test_every_benchmark_is_run_here() -> None:
     parts = {"accuracy.py", "common.py", "figure.py", "lora_prune.py", "neuron_selection.py"}
-    assert {path.name for path in (ROOT / "recipes/benchmarks").glob("*.py")} - parts == {"language_model.py"}
+    assert {path.name for path in (ROOT / "recipes/benchmarks").glob("*.py")} - parts == {
+        "four_bit.py",
+        "language_model.py",
+    }
 
 
 @pytest.mark.timeout(600)
@@ -40,6 +43,25 @@ def test_language_model_benchmark_fills_its_table_and_resumes(tmp_path: Path) ->
     table = run(tmp_path, "figure.py", results, "--texts", "words")
     assert table.count("\n| ") == 19, table  # below the heading
     assert (tmp_path / "results-words.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.timeout(600)
+def test_four_bit_benchmark(tmp_path: Path) -> None:
+    """Wide enough for rows of 64 numbers with one scale each."""
+    save_tiny_lm(tmp_path / "model", hidden=192, intermediate=384)
+    (tmp_path / "train.txt").write_text(make_text(1000))
+    (tmp_path / "test.txt").write_text(make_text(300, seed=1))
+    words = ["--model", "model", "--train", "train.txt", "--test", "words=test.txt", "--results", "four_bit.jsonl"]
+    words += ["--sizes", "0.8", "0.6", "--steps", "5", "--window", "32", "--eval_tokens", "128"]
+    run(tmp_path, "four_bit.py", *words)
+    rows = [json.loads(line) for line in (tmp_path / "four_bit.jsonl").read_text().splitlines()]
+    assert len(rows) == 11 + 3 * 2
+    memory = [row for row in rows if row["row"].startswith("memory, ")]
+    assert ["statistics_mebibytes" in row for row in memory] == [False, True]
+    size = {(row["row"], row["param_ratio"]): row["block_bytes"] for row in rows if row not in memory}
+    assert all(1 < row["words"] < 1000 for row in rows if row not in memory)
+    assert size["dense, HQQ 2 bits", 1.0] < size["dense, HQQ 4 bits", 1.0] < size["dense, bfloat16", 1.0]
+    assert size["compact, NF4", 0.6] < 0.8 * size["dense, NF4", 1.0] < size["compact, bfloat16", 0.6]
 
 
 def test_results_are_found_by_what_names_them(tmp_path: Path) -> None:

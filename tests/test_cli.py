@@ -26,7 +26,7 @@ from lora_svd.recipe import CompressArguments, read_recipe
 FOLDER = Path(__file__).parents[1] / "recipes"
 # lm-eval's definitions of the benchmark's tasks are no recipes; test_benchmark_parts.py loads them
 RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent != FOLDER / "benchmarks/tasks")
-NUM_RECIPES = 1
+NUM_RECIPES = 2
 
 
 @pytest.fixture
@@ -282,6 +282,26 @@ class TestRecipe:
         for path in RECIPES:
             recipe = read_recipe(path, ["--train_text", "train.txt", "--eval_text", "eval.txt"])
             assert recipe.config.param_ratio < 1
+
+    @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")  # bitsandbytes computes 8 bits in float16
+    @pytest.mark.filterwarnings("ignore:merge_and_unload. the compact layers take:UserWarning")
+    @pytest.mark.parametrize(("base", "export"), [("nf4", "nf4"), ("int8", "none"), ("none", "fp4")])
+    def test_quantized_in_and_out(self, base: str, export: str, folder: Path):
+        save_tiny_lm(folder / "tiny", hidden=192, intermediate=384)
+        chosen = {"base_quantization": base, "export_quantization": export}
+        recipe = write_recipe(folder, factor_format="factors", rank_multiple=64, max_steps=4, **chosen)
+        assert main(["compress", recipe]) == 0
+        compact = AutoModelForCausalLM.from_pretrained("out/compact")
+        layer = compact.model.layers[0].mlp.up_proj
+        assert type(layer.right).__name__ == ("Linear" if export == "none" else "Linear4bit")
+        report = json.loads(Path("out/compact/report.json").read_text())
+        assert report["recipe"] == yaml.safe_load(Path(recipe).read_text())
+        assert report["perplexity_reloaded"] == pytest.approx(report["perplexity_compact"], rel=1e-3)
+        assert report["size"]["bytes"] == parameter_report(compact).bytes
+
+    def test_rounding_needs_plain_factors(self, folder: Path, capsys: pytest.CaptureFixture[str]):
+        assert main(["compress", write_recipe(folder, export_quantization="nf4")]) == 2
+        assert "export_quantization: nf4 needs factor_format: factors" in capsys.readouterr().err
 
 
 class TestEvaluate:

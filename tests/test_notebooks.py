@@ -65,7 +65,7 @@ def folders(tmp_path: Path) -> dict[str, str]:
 
 
 def test_every_notebook_is_executed_here():
-    executed = {"choose_size.ipynb", "importance.ipynb", "quickstart.ipynb"}
+    executed = {"choose_size.ipynb", "four_bit.ipynb", "importance.ipynb", "quickstart.ipynb"}
     assert set(NOTEBOOKS) == executed
 
 
@@ -142,3 +142,15 @@ def test_choose_size(folders: dict[str, str], tmp_path: Path):
     assert found["reloaded"] == pytest.approx(points[found["chosen"]][2], rel=1e-5)
     card = (tmp_path / "output" / "compact" / "README.md").read_text(encoding="utf-8")
     assert f"| perplexity, reloaded | | {found['reloaded']:.3f}" in " ".join(card.split())
+
+
+def test_four_bit(folders: dict[str, str]):
+    save_tiny_lm(Path(folders["cache"]) / "SmolLM2-135M-Instruct", hidden=192, intermediate=384)
+    found, figures = execute(
+        "four_bit.ipynb", {**SHORT, **folders}, '{"sizes": sizes, "perplexities": perplexities, "same": same}'
+    )
+    assert figures == 1
+    assert found["same"] is True
+    assert found["sizes"]["compact NF4"] < 0.8 * found["sizes"]["dense NF4"]
+    assert found["sizes"]["dense NF4"] < 0.4 * found["sizes"]["dense bfloat16"]
+    assert all(1 < value < 1000 for value in found["perplexities"].values())

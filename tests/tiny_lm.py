@@ -23,7 +23,7 @@ def make_text(num_words: int, seed: int = 0) -> str:
     return " ".join(chosen)
 
 
-def save_tiny_lm(folder: Path, positions: int = POSITIONS) -> Path:
+def save_tiny_lm(folder: Path, positions: int = POSITIONS, *, hidden: int = 32, intermediate: int = 48) -> Path:
     """Save a random Llama with grouped-query attention and tied embeddings, and a tokenizer of one token a word."""
     torch.manual_seed(0)
     vocabulary = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
@@ -34,8 +34,8 @@ def save_tiny_lm(folder: Path, positions: int = POSITIONS) -> Path:
     ).save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
