@@ -9,6 +9,7 @@ Weights come as functions, so that one dense float64 matrix is in memory at a ti
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -79,6 +80,13 @@ def layer_metrics(name: str, layer: LayerInput, settings: CompressionSettings) -
                 "a non-finite loss or gradient. Lower the learning rate, or train in float32 or bfloat16"
             )
     metrics = importance.metrics(seen)
+    for side, metric, of in (("row", metrics.row, "gradients"), ("column", metrics.column, "inputs")):
+        if metric is not None and not bool(metric.any()):
+            warnings.warn(
+                f"{name}: its {of} were zero in every observed step, so all {side}s count alike; leave it out with "
+                "exclude_modules if it has no part in the loss, or observe text that it works on",
+                stacklevel=2,
+            )
     return Metrics(
         row=shrink(metrics.row, settings.row_shrinkage, settings.correlation_shrinkage),
         column=shrink(metrics.column, settings.column_shrinkage),

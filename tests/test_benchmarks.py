@@ -53,9 +53,10 @@ def test_four_bit_benchmark(tmp_path: Path) -> None:
     (tmp_path / "test.txt").write_text(make_text(300, seed=1))
     words = ["--model", "model", "--train", "train.txt", "--test", "words=test.txt", "--results", "four_bit.jsonl"]
     words += ["--sizes", "0.8", "0.6", "--steps", "5", "--window", "32", "--eval_tokens", "128"]
-    run(tmp_path, "four_bit.py", *words)
+    printed = run(tmp_path, "four_bit.py", *words)
     rows = [json.loads(line) for line in (tmp_path / "four_bit.jsonl").read_text().splitlines()]
     assert len(rows) == 11 + 3 * 2
+    assert sum(line.startswith("| ") for line in printed.splitlines()) == 2 * 2 + len(rows)
     memory = [row for row in rows if row["row"].startswith("memory, ")]
     assert ["statistics_mebibytes" in row for row in memory] == [False, True]
     size = {(row["row"], row["param_ratio"]): row["block_bytes"] for row in rows if row not in memory}

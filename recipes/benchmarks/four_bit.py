@@ -5,13 +5,13 @@
 
 All compact rows come from one run that is trained for the smallest of ``--sizes``; ``+ LoRA`` rows train a LoRA, which
 is stored beside the quantized weights, on the same tokens. The two memory rows measure a few steps over an NF4 base;
-run each in a process of its own: ``--rows "memory, QLoRA"`` and ``--rows "memory, lora_svd"``. HQQ is
-``pip install hqq``. Results are appended as they come and never run again.
+run each in a process of its own: ``--rows "memory, QLoRA"`` and ``--rows "memory, lora_svd"``. HQQ comes with the
+extra ``bench``. Results are appended as they come and never run again; the table of all of them comes last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from lora_svd import LoraSVDCallback, LoraSVDConfig
 from lora_svd.compact import num_bytes, quantize_modules
 from lora_svd.evaluation import perplexity
 from lora_svd.layer import LoraSVDLinear
+from lora_svd.run_report import markdown_table
 
 SIZED = "compact, "  # rows that have every size
 
@@ -207,12 +208,27 @@ ROWS: dict[str, Callable[[Benchmark, float], Any]] = {
 }
 
 
+def table(results: list[dict[str, Any]], texts: Iterable[str]) -> str:
+    """All results as Markdown, the largest model first. MB: of the decoder's blocks. MiB: peak, of which statistics."""
+    sized = sorted((row for row in results if "block_bytes" in row), key=lambda row: -row["block_bytes"])
+    rows = [["row", "param_ratio", "MB", *texts]]
+    for row in sized:
+        perplexities = [f"{row[text]:,.2f}" for text in texts]
+        rows.append([row["row"], f"{row['param_ratio']:g}", f"{row['block_bytes'] / 1e6:.1f}", *perplexities])
+    memory = [["row", "MiB", "statistics"]]
+    for row in results:
+        if row["row"].startswith("memory, "):
+            memory.append([row["row"], f"{row['peak_mebibytes']:,}", f"{row.get('statistics_mebibytes', 0):,}"])
+    return f"{markdown_table(rows)}\n\n{markdown_table(memory)}"
+
+
 def main() -> None:
     parser: Any = HfArgumentParser(Arguments)  # pyright: ignore[reportArgumentType]
     (given,) = parser.parse_args_into_dataclasses()
     bench = Benchmark(given)
     for name in given.rows or ROWS:
         bench.run(name)
+    print(table(bench.results.read(), bench.texts))
 
 
 if __name__ == "__main__":
