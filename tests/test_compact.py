@@ -274,3 +274,11 @@ def test_folder_of_something_else_is_not_replaced(folders: dict[str, Path], tmp_
     with pytest.raises(LoraSVDError, match=f"folder: {tmp_path} holds something else"):
         save_compact(load(folders["llama"]), tmp_path)
     assert files(tmp_path) == {"thesis.tex"}
+
+
+def test_saved_with_a_card_that_states_its_size(folder: Path) -> None:
+    card, size = (folder / "README.md").read_text(encoding="utf-8"), parameter_report(load(folder))
+    assert f"the targeted linear layers: {size.param_ratio:.4f}" in card
+    assert f"{size.parameters:,} of {size.dense_parameters:,} parameters,\n{size.bytes:,} bytes" in card
+    assert f'from_pretrained("{folder.name}")' in card
+    assert "base_model" not in card  # it was made in memory; the Hub would refuse what is no model id

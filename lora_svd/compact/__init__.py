@@ -1,9 +1,11 @@
 """What a user ships: low-rank layers, their checkpoint, and a report of their size."""
 
-from .loader import LoraSVDCompactConfig, LoraSVDCompactQuantizer, describe_compact, save_compact, untie
+from .card import compact_card
+from .loader import LoraSVDCompactConfig, LoraSVDCompactQuantizer, describe_compact, untie
 from .low_rank import LowRankLinear, compact_module, stored_weight
 from .quantized import check_quantization, keep_unpacked, quantize_modules
 from .report import LayerReport, ParameterReport, parameter_report
+from .saving import save_compact
 from .stored import num_bytes
 
 __all__ = [
@@ -13,6 +15,7 @@ __all__ = [
     "LowRankLinear",
     "ParameterReport",
     "check_quantization",
+    "compact_card",
     "compact_module",
     "describe_compact",
     "keep_unpacked",

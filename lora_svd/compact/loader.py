@@ -1,4 +1,4 @@
-"""Saving and loading of compact models through transformers' own ``save_pretrained`` and ``from_pretrained``.
+"""Loading of compact models through transformers' own ``from_pretrained``, and what they say about themselves.
 
 The ranks stand in ``config.json`` as a quantization config of the method "lora_svd", whose quantizer gives the empty
 model its low-rank layers before the weights are read. Afterwards the model is a plain one. A reader without this
@@ -7,8 +7,6 @@ package makes dense layers, whose ``weight`` has another shape than the marker i
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +14,7 @@ from typing import Any, cast
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -260,36 +258,3 @@ def mark(model: PreTrainedModel, quantizer: LoraSVDCompactQuantizer | None) -> N
     kept: Any = [entry for entry, drop in zip(done, of_quantizer, strict=True) if not drop]
     if len(kept) < len(done):
         model._weight_conversions = kept
-
-
-def save_compact(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """``save_pretrained`` into a new folder that takes the place of an old one only when it is complete.
-
-    A full disk or a killed process leaves the previous checkpoint whole. Reload with
-    ``import lora_svd; AutoModelForCausalLM.from_pretrained(folder)``.
-
-    Raises:
-        LoraSVDError: the folder holds something else than a model, which would be lost.
-    """
-    folder = Path(folder).resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    old = folder.with_name(f".{folder.name}-old")
-    if old.exists() and not folder.exists():  # a process was killed just before it put the new one in place
-        old.rename(folder)
-    if folder.exists() and not (folder / "config.json").exists() and (folder.is_file() or any(folder.iterdir())):
-        raise LoraSVDError(f"folder: {folder} holds something else than a model (no config.json); name another folder")
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        model.save_pretrained(staging)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        staging.chmod(0o755)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        staging.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,69 @@
+"""The README.md of a compact model: what it is and how to load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from string import Template
+
+from .report import ParameterReport
+
+_TEMPLATE = Template("""\
+---
+library_name: transformers
+$base_model_line
+tags:
+- lora-svd
+- low-rank
+- compression
+---
+
+# $name, compressed to $param_percent of its targeted parameters
+
+Made from `$model` by lora-svd: LoRA bypasses were trained on the frozen model, the weights were replaced by
+importance-weighted low-rank factors, and the bypasses were folded into the factors.
+
+## Load
+
+```python
+import lora_svd  # before from_pretrained
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("$folder")
+tokenizer = AutoTokenizer.from_pretrained("$folder")
+```
+
+> **Warning.** This needs the package `lora-svd`, and `import lora_svd` before loading. Without the import transformers
+> does not know the low-rank layers, reports `MISMATCH` for their weights and refuses to load. Do not talk it into it
+> with `ignore_mismatched_sizes=True`: these layers would have *random* weights.
+
+$sections
+""")
+_SIZE = Template("""\
+## Size
+
+`param_ratio` = parameters kept / original parameters over the weights of the targeted linear layers: $param_ratio.
+`model_param_ratio` = the same over the whole model: $model_param_ratio, $parameters of $dense_parameters parameters,
+$bytes bytes.""")
+
+
+def compact_card(size: ParameterReport, model: str, folder: str, sections: str = "") -> str:
+    """The card's text.
+
+    Args:
+        size: of the compact model.
+        model: what it was made from, a local folder or a name on the Hub.
+        folder: name or path under which a reader loads it.
+        sections: Markdown with what is known of it; empty: its size.
+    """
+    # A local folder is no model id of the Hub, whose checker would refuse the card.
+    is_name = bool(model) and not Path(model).exists()
+    counts = {name: f"{getattr(size, name):,}" for name in ("parameters", "dense_parameters", "bytes")}
+    ratios = {name: f"{getattr(size, name):.4f}" for name in ("param_ratio", "model_param_ratio")}
+    return _TEMPLATE.substitute(
+        base_model_line=f"base_model: {model}" if is_name else "# compressed from a local folder",
+        name=Path(model).name or "A model",
+        param_percent=f"{size.param_ratio:.1%}",
+        model=model or "a model",
+        folder=folder,
+        sections=sections or _SIZE.substitute(counts, **ratios),
+    )
