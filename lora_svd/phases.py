@@ -1,0 +1,243 @@
+"""``PhasedModel``: walks through the phases of a run: observed, compressed, recovering."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .allocation import LayerShape, check_budget, given_ranks, kept_parameters
+from .compression import (
+    CompressionSettings,
+    LayerInput,
+    choose_ranks,
+    compute_spectra,
+    factorize,
+)
+from .config import LoraSVDConfig
+from .distillation import distillation_loss, label_positions
+from .errors import LoraSVDError, NumericalError
+from .injection import InjectedModel
+from .layer import LoraSVDLinear
+from .schedule import Schedule, build_schedule
+
+
+class PhasedModel(InjectedModel):
+    """A model whose targeted linear layers carry a LoRA bypass, are observed, and are factorized while it trains."""
+
+    def schedule(self, adapter_name: str, total_steps: int | None = None) -> Schedule:
+        """The phases of this adapter's run; raises if they do not fit into ``total_steps``."""
+        config = self._config(adapter_name)
+        return build_schedule(
+            warmup=config.warmup,
+            compression=config.compression,
+            interval=config.compression_interval,
+            total_steps=total_steps or config.total_steps,
+            param_ratio=config.param_ratio,
+        )
+
+    def _pre_injection_hook(self, model: nn.Module, config: LoraSVDConfig, adapter_name: str) -> None:
+        super()._pre_injection_hook(model, config, adapter_name)
+        if config.distillation and not hasattr(self, "_distillation_hook"):
+            # A hook, because a PeftModel without task_type calls the wrapped model and passes this one by.
+            self._distillation_hook = model.register_forward_hook(self._distill, with_kwargs=True)
+
+    def _distill(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
+        """Once it is compressed, ``distillation`` of the model's loss comes from the model that it was."""
+        configs = [self._config(name) for name in self.active_adapters]
+        share = max((config.distillation for config in configs if config.compressed), default=0.0)
+        if not share or not torch.is_grad_enabled() or getattr(outputs, "loss", None) is None:
+            return
+        given = {name: value for name, value in kwargs.items() if name != "labels"}
+        layers = [module for module in model.modules() if isinstance(module, LoraSVDLinear)]
+        with torch.no_grad(), _switched_off(layers):
+            teacher = model.forward(*args, **given).logits
+        mask = label_positions(outputs.logits, kwargs.get("labels"))
+        distance = distillation_loss(outputs.logits, teacher, mask, kwargs.get("num_items_in_batch"))
+        outputs.loss = (1 - share) * outputs.loss + share * distance
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        if hasattr(self, "_distillation_hook"):
+            self._distillation_hook.remove()
+        for layer in self._unpacked:
+            setattr(layer, "support_avx512bf16_for_cpu", True)  # noqa: B010 - for the type checker
+        return super()._unload_and_optionally_merge(*args, **kwargs)  # pyright: ignore[reportReturnType]
+
+    def update_and_allocate(
+        self, global_step: int, total_steps: int | None = None, optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
+        """One step of the method. Call it after the backward pass and before ``optimizer.step()``.
+
+        Adds this step's LoRA gradients to the statistics while the model is full size, and factorizes the weights where
+        the schedule says so. ``LoraSVDCallback`` calls it in a Trainer.
+
+        Args:
+            global_step: optimizer steps done so far, 0 in the first call.
+            total_steps: length of the run; ``LoraSVDConfig.total_steps`` if not given.
+            optimizer: with ``train_factors``, the optimizer that trains the bypass; it is given the factors as well.
+
+        Raises:
+            NumericalError: a gradient or a statistic is not finite.
+        """
+        for adapter_name in self.active_adapters:
+            config = self._config(adapter_name)
+            if config.param_ratio == 1:
+                continue
+            schedule = self.schedule(adapter_name, total_steps)
+            if global_step == 0:  # what would fail after the warm-up fails now
+                self._check_budget(adapter_name)
+            layers = dict(self._tuner_layers(adapter_name))
+            self._trained.pop(adapter_name, None)  # the optimizer is about to change the factors
+            _check_gradients(layers, adapter_name, global_step)
+            for layer in layers.values():
+                layer.observe_step(adapter_name)
+            budget = schedule.budget(global_step)
+            if budget is not None:
+                self._compress(adapter_name, budget)
+                if config.trains_factors:
+                    self._train_factors(optimizer)
+        self._shared_gram.clear()
+
+    def _check_budget(self, adapter_name: str) -> None:
+        config = self._config(adapter_name)
+        keep = config.compensation == "keep"
+        shapes = {name: layer.layer_shape(adapter_name, keep=keep) for name, layer in self._tuner_layers(adapter_name)}
+        if config.compact_ranks and not config.compressed:
+            given_ranks(config.compact_ranks, shapes, config.param_ratio, config.factor_format)
+        else:
+            check_budget(shapes, config.param_ratio, config.factor_format)
+
+    def _train_factors(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Hand the factors that now exist to the optimizer, in the order a new one would have them, so that its saved
+        state fits when a run is resumed."""
+        if optimizer is None:
+            raise LoraSVDError("train_factors: got no optimizer; call update_and_allocate(step, optimizer=optimizer)")
+        group = optimizer.param_groups[0]
+        before = {id(parameter) for parameter in group["params"]}
+        factors = {id(p) for m in self.model.modules() if isinstance(m, LoraSVDLinear) for p in m.trainable_factors()}
+        present = [parameter for parameter in self.parameters() if id(parameter) in before | factors]
+        for replaced in set(group["params"]) - set(present):  # by an earlier factorization of a cubic schedule
+            optimizer.state.pop(replaced, None)
+        group["params"] = present
+
+    def current_param_ratio(self, adapter_name: str | None = None) -> float:
+        """Parameters kept / original parameters of the targeted weights as they stand: 1 until they are factorized."""
+        name = adapter_name or self.active_adapters[0]
+        shapes = {key: given.shape for key, given in self._pipeline(name)[1].items()}
+        total = sum(shape.parameters for shape in shapes.values())
+        return kept_parameters_of(self._config(name), shapes) / total
+
+    def set_param_ratio(self, param_ratio: float, adapter_name: str | None = None) -> None:
+        """Choose another size: factorize again for ``param_ratio`` from what was observed. Before ``merge_and_unload``.
+
+        The trained bypass stays, and what ``train_factors`` has changed goes over to the new size, however many are
+        tried. ``LoraSVDConfig.param_ratio`` follows, so that saving the adapter keeps the choice.
+        """
+        name = adapter_name or self._single_adapter(None)
+        if not 0 < param_ratio <= 1:
+            raise LoraSVDError(f"param_ratio: got {param_ratio}, expected a number in (0, 1]")
+        config, given = self._config(name), self._given_ranks.pop(name, None)
+        before, ranks = config.param_ratio, config.compact_ranks
+        config.param_ratio, config.compact_ranks = param_ratio, None
+        try:
+            self._compress(name, param_ratio)
+        except LoraSVDError:
+            config.param_ratio, config.compact_ranks, self._given_ranks[name] = before, ranks, given
+            raise
+
+    @torch.no_grad()
+    def _compress(self, adapter_name: str, param_ratio: float) -> None:
+        """Choose ranks for the budget and let factors stand for the weights. Nothing changes if a layer fails."""
+        config = self._config(adapter_name)
+        if config.trains_factors and adapter_name not in self._trained:
+            self._trained[adapter_name] = {
+                name: factors
+                for name, layer in self._tuner_layers(adapter_name)
+                if (factors := layer.factors(adapter_name)) is not None
+            }
+        layers, inputs, settings = self._pipeline(adapter_name)
+        if not config.compressed:  # afterwards compact_ranks is what is in force, chosen or given
+            self._given_ranks[adapter_name] = config.compact_ranks
+        given = self._given_ranks.get(adapter_name)
+        if param_ratio == 1:
+            ranks = {name: layer.shape.full_rank for name, layer in inputs.items()}
+        elif given:
+            shapes = {name: layer.shape for name, layer in inputs.items()}
+            ranks = given_ranks(given, shapes, config.param_ratio, config.factor_format)
+        else:
+            ranks = choose_ranks(inputs, compute_spectra(inputs, settings), param_ratio, settings)
+        factors = dict(factorize(inputs, ranks, settings))
+        config.compact_ranks, config.compressed = ranks, True
+        for name, layer in layers.items():
+            layer.set_factors(adapter_name, factors[name], trainable=config.trains_factors)
+            layer.observe(adapter_name, config)
+
+    def _pipeline(
+        self, adapter_name: str
+    ) -> tuple[dict[str, LoraSVDLinear], dict[str, LayerInput], CompressionSettings]:
+        config = self._config(adapter_name)
+        layers = dict(self._tuner_layers(adapter_name))
+        keep = config.compensation == "keep"
+        inputs = {
+            name: LayerInput(
+                shape=layer.layer_shape(adapter_name, keep=keep),
+                weight=lambda layer=layer: layer.dense_weight().detach().cpu().double(),
+                statistics=lambda layer=layer: layer.statistics(adapter_name),
+                trained=self._trained.get(adapter_name, {}).get(name),
+            )
+            for name, layer in layers.items()
+        }
+        settings = CompressionSettings(
+            importance=config.importance,
+            allocation=config.allocation,
+            decomposition=config.decomposition,
+            factor_format=config.factor_format,
+            rank_multiple=config.rank_multiple,
+            row_shrinkage=config.row_shrinkage,
+            correlation_shrinkage=config.correlation_shrinkage,
+            column_shrinkage=config.column_shrinkage,
+        )
+        return layers, inputs, settings
+
+
+def kept_parameters_of(config: LoraSVDConfig, shapes: Mapping[str, LayerShape]) -> int:
+    ranks = config.compact_ranks if config.compressed and config.compact_ranks else {}
+    in_force = {name: ranks.get(name, shape.full_rank) for name, shape in shapes.items()}
+    return kept_parameters(in_force, shapes, config.factor_format)
+
+
+@contextmanager
+def _switched_off(layers: list[LoraSVDLinear]) -> Iterator[None]:
+    """The base model's own output, without touching which parameters are trained."""
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def _check_gradients(layers: Mapping[str, LoraSVDLinear], adapter_name: str, global_step: int) -> None:
+    """Raise if a gradient of the bypass is not finite, before it is used; one transfer for all layers."""
+    sums = {
+        name: gradient.float().sum()
+        for name, layer in layers.items()
+        for parameter in (layer.lora_svd_A[adapter_name], layer.lora_svd_B[adapter_name])
+        if (gradient := parameter.grad) is not None
+    }
+    if not sums:
+        raise LoraSVDError(
+            f"update_and_allocate({global_step}): no bypass has a gradient. Call it after loss.backward() and before "
+            "optimizer.step() and zero_grad(), with the adapter active and trainable"
+        )
+    finite = torch.stack([value.to("cpu", non_blocking=True) for value in sums.values()]).isfinite()
+    if not bool(finite.all()):
+        name = next(name for name, ok in zip(sums, finite.tolist(), strict=True) if not ok)
+        raise NumericalError(
+            f"{name}: the gradient of the LoRA bypass is not finite at step {global_step}; a batch gave a non-finite "
+            "loss. Lower the learning rate, look at the data, or train in float32 or bfloat16"
+        )
