@@ -56,6 +56,7 @@ def test_four_bit_benchmark(tmp_path: Path) -> None:
     printed = run(tmp_path, "four_bit.py", *words)
     rows = [json.loads(line) for line in (tmp_path / "four_bit.jsonl").read_text().splitlines()]
     assert len(rows) == 11 + 3 * 2
+    assert (tmp_path / "four_bit-words.png").read_bytes().startswith(b"\x89PNG")
     assert sum(line.startswith("| ") for line in printed.splitlines()) == 2 * 2 + len(rows)
     memory = [row for row in rows if row["row"].startswith("memory, ")]
     assert ["statistics_mebibytes" in row for row in memory] == [False, True]

@@ -11,6 +11,7 @@ extra ``bench``. Results are appended as they come and never run again; the tabl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +29,7 @@ from lora_svd import LoraSVDCallback, LoraSVDConfig
 from lora_svd.compact import num_bytes, quantize_modules
 from lora_svd.evaluation import perplexity
 from lora_svd.layer import LoraSVDLinear
+from lora_svd.plots import line_figure, save_png
 from lora_svd.run_report import markdown_table
 
 SIZED = "compact, "  # rows that have every size
@@ -222,6 +224,28 @@ def table(results: list[dict[str, Any]], texts: Iterable[str]) -> str:
     return f"{markdown_table(rows)}\n\n{markdown_table(memory)}"
 
 
+def figure(results: list[dict[str, Any]], text: str) -> Any:
+    """Perplexity of one text against the bytes of the decoder's blocks; a line for every kind of model."""
+    kinds = {
+        "dense, bfloat16 and HQQ": r"dense, (bfloat16|HQQ \d bits)",
+        "dense, NF4": "dense, NF4",
+        "dense, quantized, and LoRA": r"dense, .* \+ LoRA",
+        "compact, bfloat16": "compact, bfloat16",
+        "compact, NF4": "compact, NF4",
+    }
+    series = {}
+    for kind, rows in kinds.items():
+        points = sorted((row["block_bytes"] / 1e6, row[text]) for row in results if re.fullmatch(rows, row["row"]))
+        if points:
+            series[kind] = tuple(zip(*points, strict=True))
+    labels: dict[str, Any] = {
+        "title": f"Perplexity on {text}",
+        "x_label": "decoder blocks (MB)",
+        "y_label": "perplexity",
+    }
+    return line_figure(series, log_x=True, log_y=True, **labels)
+
+
 def main() -> None:
     parser: Any = HfArgumentParser(Arguments)  # pyright: ignore[reportArgumentType]
     (given,) = parser.parse_args_into_dataclasses()
@@ -229,6 +253,8 @@ def main() -> None:
     for name in given.rows or ROWS:
         bench.run(name)
     print(table(bench.results.read(), bench.texts))
+    for text in bench.texts:
+        save_png(figure(bench.results.read(), text), Path(f"{Path(given.results).with_suffix('')}-{text}.png"))
 
 
 if __name__ == "__main__":
