@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lora_svd import LoraSVDError, NumericalError
 from lora_svd.compact import LowRankLinear, parameter_report, quantize_modules
 from lora_svd.compact import quantized as quantized_module
 from lora_svd.compact.stored import full_precision
+from lora_svd.layer import LoraSVDLinear
 from lora_svd.rounding import nearest_levels
 
 pytestmark = pytest.mark.filterwarnings(
@@ -116,6 +118,27 @@ def test_gradients_are_those_of_a_base_that_was_never_evaluated(dense: Path) -> 
         return {name: p.grad for name, p in wrapped.named_parameters() if p.grad is not None}
 
     assert_bit_equal(gradients(evaluated=True), gradients(evaluated=False))
+
+
+@pytest.mark.parametrize("importance", ["lora", "lora_activation", "kronecker"])
+def test_one_dequantized_weight_at_a_time(
+    importance: str, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In observation, factorization, absorption and export, whichever importance."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    original = LoraSVDLinear.dense_weight
+
+    def watched(layer: LoraSVDLinear) -> torch.Tensor:
+        nonlocal most
+        weight = original(layer)
+        alive[:] = [reference for reference in alive if reference() is not None] + [weakref.ref(weight)]
+        most = max(most, len(alive))
+        return weight
+
+    monkeypatch.setattr(LoraSVDLinear, "dense_weight", watched)
+    tuned(dense, tmp_path / "run", "nf4", importance=importance).merge_and_unload(quantization_config=quantization())
+    assert most == 1
 
 
 def test_what_was_switched_off_is_switched_on_again(dense: Path) -> None:
