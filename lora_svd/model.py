@@ -32,6 +32,7 @@ from .config import LoraSVDConfig
 from .decompositions import Factors
 from .errors import LoraSVDError, NumericalError
 from .layer import LoraSVDLinear
+from .linalg import Metrics
 from .phases import PhasedModel, kept_parameters_of
 
 
@@ -85,7 +86,7 @@ class LoraSVDModel(PhasedModel):
             description = self._compact(name)
             model: Any = super().merge_and_unload(progressbar=progressbar, adapter_names=adapter_names)
             if quantization_config is not None:
-                quantize_modules(model, quantization_config, partial(_input_gram, inputs, settings))
+                quantize_modules(model, quantization_config, partial(_metrics, inputs, settings))
         describe_compact(model, description, quantization)
         if any(layer.quantization_backend is not None for layer in layers.values()):
             _warn_if_larger(model, layers, bytes_before)
@@ -172,10 +173,9 @@ def compact_layer(
     return compact_module(result, layer.get_base_layer(), layer.dense_weight(), settings.factor_format)
 
 
-def _input_gram(inputs: Mapping[str, LayerInput], settings: CompressionSettings, name: str) -> Tensor | None:
-    """E[x x^T] of a layer that was observed, shrunk; None where the importance has no full column metric."""
-    column = layer_metrics(name, inputs[name], settings).column if name in inputs else None
-    return column if column is not None and column.dim() == 2 else None
+def _metrics(inputs: Mapping[str, LayerInput], settings: CompressionSettings, name: str) -> Metrics:
+    """Of a layer that was observed; none of another one."""
+    return layer_metrics(name, inputs[name], settings) if name in inputs else Metrics()
 
 
 def _warn_if_larger(model: nn.Module, names: Iterable[str], bytes_before: int) -> None:

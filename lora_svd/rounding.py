@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .linalg import shrink
+from .linalg import metric_times, shrink
 
 BLOCK = 128  # columns whose errors are passed on to the rest by one matrix product
 _SHRINKAGE = 1e-2
@@ -18,25 +18,24 @@ def nearest_levels(values: Tensor, levels: Tensor) -> Tensor:
     return indices[torch.bucketize(values.contiguous(), midpoints)]
 
 
-def round_weight(weight: Tensor, scale: Tensor, levels: Tensor, gram: Tensor | None = None) -> Tensor:
+def round_weight(weight: Tensor, scale: Tensor, levels: Tensor, metric: Tensor | None = None) -> Tensor:
     """Codes c, (out, in) int64, whose weight ``Q = scale * levels[c]`` has a small ``tr((W - Q) X (W - Q)^T)``.
 
-    Without ``gram`` every number is rounded to the nearest level. With X the columns are rounded one after the other,
-    those of the largest X_jj first, and each one's error is subtracted, in proportion to what is correlated with it,
-    from the columns that are still to come: GPTQ (Frantar et al. 2023), here on a grid that need not be uniform.
+    Without a full metric every number is rounded to the nearest level. With X the columns are rounded one after the
+    other, those of the largest X_jj first, and each one's error is subtracted, in proportion to what is correlated with
+    it, from the columns that are still to come: GPTQ (Frantar et al. 2023), here on a grid that need not be uniform.
 
     Args:
         weight: W, (out, in).
         scale: (out, in), positive where W is not zero; fixed beforehand, so that any layout of blocks will do.
         levels: (n,), of a unit scale.
-        gram: X = E[x x^T] of what the weight is multiplied with, (in, in); only its direction matters.
+        metric: X = E[x x^T] of what the weight is multiplied with, as in :mod:`lora_svd.linalg`; of any size.
     """
     weight, scale, levels = weight.double(), scale.double(), levels.double()
     scale = scale.where(scale > 0, 1.0)
-    if gram is None:
+    metric = shrink(metric, _SHRINKAGE)
+    if metric is None or metric.dim() == 1:
         return nearest_levels(weight / scale, levels)
-    metric = shrink(gram, _SHRINKAGE)
-    assert metric is not None
     order = metric.diagonal().argsort(descending=True)
     inverse = torch.linalg.inv(metric[order][:, order])
     upper = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
@@ -55,18 +54,20 @@ def round_weight(weight: Tensor, scale: Tensor, levels: Tensor, gram: Tensor | N
     return codes
 
 
-def refit_left(left: Tensor, right: Tensor, rounded: Tensor, gram: Tensor | None = None) -> Tensor:
+def refit_left(left: Tensor, right: Tensor, rounded: Tensor, metric: Tensor | None = None) -> Tensor:
     """The L' that minimizes ``tr((left right - L' rounded) X (left right - L' rounded)^T)``, (out, k), float64.
 
     ``L' = left (right X rounded^T) (rounded X rounded^T)^-1``: it makes good what rounding ``right`` (k, in) did, and
-    is the minimum in every row metric.
+    is the minimum in every row metric. On transposed factors it refits ``right`` to a rounded ``left``.
+
+    Args:
+        metric: X, a metric as in :mod:`lora_svd.linalg`.
     """
     left, right, rounded = left.double(), right.double(), rounded.double()
-    metric = shrink(gram, _SHRINKAGE)
-    weighted = rounded if metric is None else rounded @ metric
-    inner = shrink(weighted @ rounded.T, 1e-9)  # rows that rounding has made zero leave no direction
+    weighted = metric_times(shrink(metric, _SHRINKAGE), rounded.T)
+    inner = shrink(rounded @ weighted, 1e-9)  # rows that rounding has made zero leave no direction
     assert inner is not None
-    return torch.linalg.solve(inner, left @ (right @ weighted.T), left=False)
+    return torch.linalg.solve(inner, left @ (right @ weighted), left=False)
 
 
 def mix(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,11 +17,13 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.utils.import_utils import is_bitsandbytes_available
 
 from ..errors import LoraSVDError, NumericalError, in_module
+from ..linalg import Metrics, metric_times
 from ..rounding import mix, refit_left, round_weight
 from .low_rank import LowRankLinear
 from .stored import full_precision, is_quantized
 
 BLOCK = 64  # numbers with one scale
+PASSES = 3  # over both factors; the first takes most of what there is to gain
 
 
 def keep_unpacked(model: nn.Module) -> list[nn.Module]:
@@ -67,18 +69,19 @@ def check_quantization(config: BitsAndBytesConfig) -> None:
 
 
 def quantize_modules(
-    model: PreTrainedModel, config: BitsAndBytesConfig, gram: Callable[[str], Tensor | None] = lambda _: None
+    model: PreTrainedModel, config: BitsAndBytesConfig, metrics: Callable[[str], Metrics] = lambda _: Metrics()
 ) -> None:
     """Round the linear layers of a compact model to 4 bits, in place; the output layer and embeddings stay.
 
-    The ranks are mixed, the right factor is rounded, the left one refitted to it and rounded then
-    (:mod:`lora_svd.rounding`). Ranks are filled up to a multiple of 64, the block that the kernels of bitsandbytes need
-    in a row; where that is no longer smaller than the product, the product is stored.
+    The ranks are mixed; then each factor in turn is refitted to the other one as it is rounded, and rounded itself,
+    with error feedback (:mod:`lora_svd.rounding`). Ranks are filled up to a multiple of 64, the block that the kernels
+    of bitsandbytes need in a row; where that is no longer smaller than the product, the product is stored.
 
     Args:
         model: compact, with ``factor_format="factors"``.
         config: fp4 or nf4, double quantization and the type to compute in as the user wants.
-        gram: E[x x^T] of a module's inputs, (in, in), by its name; a module without one is rounded to nearest.
+        metrics: what an error of a module's weight costs, by its name; where the column metric E[x x^T] is missing or
+            diagonal, there is nothing to feed back, and numbers are rounded to nearest.
 
     Raises:
         NumericalError: bitsandbytes does not return what was stored.
@@ -96,24 +99,27 @@ def quantize_modules(
     for name, module in tqdm({**layers, **others}.items(), desc="4 bits", leave=False, delay=2):
         with in_module(name):
             if isinstance(module, LowRankLinear):
-                new = _quantize_factors(module, config, gram(name))
+                new = _quantize_factors(module, config, metrics(name))
             else:
-                new = _quantized(full_precision(module).detach(), config, gram(name), _bias(module))
+                new = _quantized(full_precision(module).detach(), config, metrics(name).column, _bias(module))
         model.set_submodule(name, new)
 
 
-def _quantize_factors(module: LowRankLinear, config: BitsAndBytesConfig, gram: Tensor | None) -> nn.Module:
-    weight, padding = module.left.weight, -module.rank % BLOCK
+def _quantize_factors(module: LowRankLinear, config: BitsAndBytesConfig, metrics: Metrics) -> nn.Module:
+    dtype, bias, padding = module.left.weight.dtype, _bias(module.left), -module.rank % BLOCK
     rank = module.rank + padding
     if rank * (module.in_features + module.out_features) >= module.in_features * module.out_features:
-        return _quantized(module.dense_weight().detach(), config, gram, _bias(module.left))
+        return _quantized(module.dense_weight().detach(), config, metrics.column, bias)
     left, right = (factor.weight.detach().cpu().double() for factor in (module.left, module.right))
     left, right = mix(nn.functional.pad(left, (0, padding)), nn.functional.pad(right, (0, 0, 0, padding)))
-    module.right = _quantized(right.to(weight), config, None, None)  # the refitted left makes good what this does
-    rounded = full_precision(module.right).cpu().double()
-    inner = None if gram is None else rounded @ gram.double() @ rounded.T
-    left = refit_left(left, right, rounded, gram)
-    module.left = _quantized(left.to(weight), config, inner, _bias(module.left))
+    device, refitted = module.left.weight.device, right
+    for _ in range(PASSES):
+        module.right = _quantized(refitted.to(device, dtype), config, metrics.column, None)
+        rounded = full_precision(module.right).cpu().double()
+        gram = rounded @ metric_times(metrics.column, rounded.T)
+        refitted = refit_left(left, right, rounded, metrics.column)
+        module.left = _quantized(refitted.to(device, dtype), config, gram, bias)
+        refitted = refit_left(right.T, left.T, full_precision(module.left).cpu().double().T, metrics.row).T
     module.rank = rank
     return module
 
@@ -123,8 +129,8 @@ def _bias(linear: nn.Module) -> nn.Parameter | None:
     return bias
 
 
-def _quantized(weight: Tensor, config: BitsAndBytesConfig, gram: Tensor | None, bias: nn.Parameter | None) -> Any:
-    """bitsandbytes' layer of a weight (out, in), rounded in the metric ``gram``."""
+def _quantized(weight: Tensor, config: BitsAndBytesConfig, metric: Tensor | None, bias: nn.Parameter | None) -> Any:
+    """bitsandbytes' layer of a weight (out, in), rounded in the metric of its columns."""
     bitsandbytes: Any = import_module("bitsandbytes")
     out_features, in_features = weight.shape
     with torch.device("meta"):
@@ -137,7 +143,7 @@ def _quantized(weight: Tensor, config: BitsAndBytesConfig, gram: Tensor | None, 
         quant_storage=config.bnb_4bit_quant_storage,
     )
     scale = _scales(state)
-    codes = round_weight(weight.to("cpu"), scale, state.code, gram)
+    codes = round_weight(weight.to("cpu"), scale, state.code, metric)
     flat = nn.functional.pad(codes.flatten(), (0, codes.numel() % 2)).to(torch.uint8)
     packed.view(torch.uint8).flatten()[: len(flat) // 2] = flat[::2] << 4 | flat[1::2]
     layer.weight = bitsandbytes.nn.Params4bit(
