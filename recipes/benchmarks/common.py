@@ -6,14 +6,48 @@ import json
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from lora_svd.evaluation import token_blocks
+from lora_svd.evaluation import perplexity, token_blocks
+
+
+@dataclass
+class TextArguments:
+    """What every benchmark on texts is told."""
+
+    model: str = field(metadata={"help": "Causal language model: a local folder or a name on the Hub."})
+    train: list[str] = field(metadata={"help": "Text files to observe and to train on."})
+    test: list[str] = field(metadata={"help": "NAME=FILE of each text to evaluate; nothing is tuned on them."})
+    results: str = field(metadata={"help": "File of JSON lines to read earlier results from and to append to."})
+    rows: list[str] = field(default_factory=list, metadata={"help": "Names of rows; none: all of them."})
+    batch: int = field(default=2, metadata={"help": "Windows in a step."})
+    window: int = field(default=1024, metadata={"help": "Tokens in a window, in training and evaluation."})
+    eval_tokens: int = field(default=40960, metadata={"help": "Tokens of each test text that are evaluated."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Of rows that train; cosine decay."})
+
+
+class Texts:
+    """The texts that the arguments name, tokenized: ``examples`` to train on, ``held_out`` by name."""
+
+    def __init__(self, given: TextArguments) -> None:
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(given.model)
+        self.window = given.window
+        self.examples: Any = windows(self.tokenizer, (read_text(Path(path)) for path in given.train), given.window)
+        texts = ((name, read_text(Path(path))) for name, path in (entry.split("=", 1) for entry in given.test))
+        self.held_out = {name: head(self.tokenizer, text, given.eval_tokens) for name, text in texts}
+
+    def perplexities(self, model: Any) -> dict[str, float]:
+        """Of every held-out text, under the caller's autocast."""
+        return {
+            name: round(perplexity(model, self.tokenizer, text, window=self.window).value, 4)
+            for name, text in self.held_out.items()
+        }
 
 
 def load(name: str) -> Any:

@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import PeakMemory, Results, head, load, read_text, train, training_arguments, windows
+from common import PeakMemory, Results, TextArguments, Texts, load, train, training_arguments
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, HfArgumentParser
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HfArgumentParser
 
 from lora_svd import LoraSVDCallback, LoraSVDConfig
 from lora_svd.compact import num_bytes, quantize_modules
-from lora_svd.evaluation import perplexity
 from lora_svd.layer import LoraSVDLinear
 from lora_svd.plots import line_figure, save_png
 from lora_svd.run_report import markdown_table
@@ -36,33 +35,20 @@ SIZED = "compact, "  # rows that have every size
 
 
 @dataclass
-class Arguments:
+class Arguments(TextArguments):
     """What to run."""
 
-    model: str = field(metadata={"help": "Causal language model: a local folder or a name on the Hub."})
-    train: list[str] = field(metadata={"help": "Text files to observe and to train on."})
-    test: list[str] = field(metadata={"help": "NAME=FILE of each text to evaluate; nothing is tuned on them."})
-    results: str = field(metadata={"help": "File of JSON lines to read earlier results from and to append to."})
-    rows: list[str] = field(default_factory=list, metadata={"help": "Names of rows; none: all of them."})
     sizes: list[float] = field(default_factory=lambda: [0.8, 0.6, 0.4], metadata={"help": "param_ratio."})
     seed: int = field(default=0, metadata={"help": "Of the rows that train."})
     steps: int = field(default=60, metadata={"help": "Optimizer steps of a run, observation included."})
     memory_steps: int = field(default=4, metadata={"help": "Steps of the memory rows; half of them observe."})
-    batch: int = field(default=2, metadata={"help": "Windows in a step."})
-    window: int = field(default=1024, metadata={"help": "Tokens in a window, in training and evaluation."})
-    eval_tokens: int = field(default=40960, metadata={"help": "Tokens of each test text that are evaluated."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Of rows that train; cosine decay."})
 
 
 class Benchmark:
     """Texts, training data and the trained adapter that the compact rows share."""
 
     def __init__(self, given: Arguments) -> None:
-        self.given, self.results = given, Results(Path(given.results))
-        self.tokenizer = AutoTokenizer.from_pretrained(given.model)
-        self.examples: Any = windows(self.tokenizer, (read_text(Path(path)) for path in given.train), given.window)
-        texts = ((name, read_text(Path(path))) for name, path in (entry.split("=", 1) for entry in given.test))
-        self.texts = {name: head(self.tokenizer, text, given.eval_tokens) for name, text in texts}
+        self.given, self.results, self.texts = given, Results(Path(given.results)), Texts(given)
 
     def run(self, name: str) -> None:
         """All sizes of a row that have no result yet."""
@@ -77,11 +63,8 @@ class Benchmark:
 
     def measure(self, model: Any) -> dict[str, Any]:
         """Bytes of the decoder's blocks, which hold all linear layers but the head, and perplexities."""
-        measured: dict[str, Any] = {"block_bytes": block_bytes(model)}
         with torch.autocast(device_type=model.device.type, dtype=torch.bfloat16):
-            for name, text in self.texts.items():
-                measured[name] = round(perplexity(model, self.tokenizer, text, window=self.given.window).value, 4)
-        return measured
+            return {"block_bytes": block_bytes(model), **self.texts.perplexities(model)}
 
     def train(self, model: Any, steps: int, *callbacks: Any) -> Any:
         arguments = training_arguments(
@@ -91,7 +74,7 @@ class Benchmark:
             learning_rate=self.given.learning_rate,
             seed=self.given.seed,
         )
-        return train(model, self.examples, arguments, *callbacks)
+        return train(model, self.texts.examples, arguments, *callbacks)
 
     def trained(self) -> Any:
         """The adapter, trained once for the smallest size, in the factors that 4-bit kernels take."""
@@ -243,7 +226,7 @@ def figure(results: list[dict[str, Any]], text: str) -> Any:
         "x_label": "decoder blocks (MB)",
         "y_label": "perplexity",
     }
-    return line_figure(series, log_x=True, log_y=True, **labels)
+    return line_figure(series, log_y=True, **labels)
 
 
 def main() -> None:
@@ -252,8 +235,8 @@ def main() -> None:
     bench = Benchmark(given)
     for name in given.rows or ROWS:
         bench.run(name)
-    print(table(bench.results.read(), bench.texts))
-    for text in bench.texts:
+    print(table(bench.results.read(), bench.texts.held_out))
+    for text in bench.texts.held_out:
         save_png(figure(bench.results.read(), text), Path(f"{Path(given.results).with_suffix('')}-{text}.png"))
 
 

@@ -23,38 +23,28 @@ from typing import Any
 
 import torch
 from accuracy import task_accuracies
-from common import PeakMemory, Results, head, load, read_text, train, training_arguments, windows
+from common import PeakMemory, Results, TextArguments, Texts, load, train, training_arguments
 from lora_prune import lora_prune
 from neuron_selection import select_neurons
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 
 from lora_svd import LoraSVDCallback, LoraSVDConfig
 from lora_svd.compact import parameter_report
-from lora_svd.evaluation import perplexity
 from lora_svd.importance import IMPORTANCES, Importance, plain
 from lora_svd.statistics import STATISTICS
 
 
 @dataclass
-class Arguments:
+class Arguments(TextArguments):
     """What to run."""
 
-    model: str = field(metadata={"help": "Causal language model: a local folder or a name on the Hub."})
-    train: list[str] = field(metadata={"help": "Text files to observe and to train on."})
-    test: list[str] = field(metadata={"help": "NAME=FILE of each text to evaluate; nothing is tuned on them."})
-    results: str = field(metadata={"help": "File of JSON lines to read earlier results from and to append to."})
     tasks: str | None = field(default=None, metadata={"help": "Folder of ARC-Easy, HellaSwag and LAMBADA; none: skip."})
     task_limit: int | None = field(default=None, metadata={"help": "Documents of each task; none: all."})
-    rows: list[str] = field(default_factory=list, metadata={"help": "Names of rows; none: all of them."})
     sizes: list[float] = field(default_factory=lambda: [0.8, 0.6, 0.4, 0.2], metadata={"help": "param_ratio."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds of the rows that train."})
     steps: int = field(default=100, metadata={"help": "Optimizer steps of a run, observation included."})
     observed_steps: int = field(default=24, metadata={"help": "Steps observed by the rows that do not train."})
-    batch: int = field(default=2, metadata={"help": "Windows in a step."})
-    window: int = field(default=1024, metadata={"help": "Tokens in a window, in training and evaluation."})
-    eval_tokens: int = field(default=40960, metadata={"help": "Tokens of each test text that are evaluated."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Of rows that train; cosine decay."})
     config: str = field(default="{}", metadata={"help": "JSON of LoraSVDConfig fields for 'ours', for ablations."})
     label: str = field(default="", metadata={"help": "Put behind the row's name, for ablations."})
 
@@ -63,13 +53,8 @@ class Benchmark:
     """Texts, training data and the observation that the one-shot rows share."""
 
     def __init__(self, given: Arguments) -> None:
-        self.given = given
-        self.results = Results(Path(given.results))
+        self.given, self.results, self.texts = given, Results(Path(given.results)), Texts(given)
         self.cache = Path(".cache/benchmarks")
-        self.tokenizer = AutoTokenizer.from_pretrained(given.model)
-        self.examples: Any = windows(self.tokenizer, (read_text(Path(path)) for path in given.train), given.window)
-        texts = ((name, read_text(Path(path))) for name, path in (entry.split("=", 1) for entry in given.test))
-        self.texts = {name: head(self.tokenizer, text, given.eval_tokens) for name, text in texts}
         self.observation_seconds = 0.0  # of an observation made earlier that a row uses
 
     def run(self, name: str) -> None:
@@ -92,10 +77,9 @@ class Benchmark:
         size = parameter_report(model)
         measured: dict[str, Any] = {"parameters": size.parameters, "bytes": size.bytes}
         with torch.autocast(device_type=model.device.type, dtype=torch.bfloat16):
-            for name, text in self.texts.items():
-                measured[name] = round(perplexity(model, self.tokenizer, text, window=self.given.window).value, 4)
+            measured |= self.texts.perplexities(model)
             if self.given.tasks:
-                accuracies = task_accuracies(model, self.tokenizer, Path(self.given.tasks), self.given.task_limit)
+                accuracies = task_accuracies(model, self.texts.tokenizer, Path(self.given.tasks), self.given.task_limit)
                 measured |= {name: round(value, 4) for name, value in accuracies.items()}
         return measured
 
@@ -104,7 +88,7 @@ class Benchmark:
         rate = self.given.learning_rate if learning_rate is None else learning_rate
         arguments = training_arguments(self.cache, steps=steps, batch=self.given.batch, learning_rate=rate, seed=seed)
         ours = isinstance(model.peft_config["default"], LoraSVDConfig)
-        return train(model, self.examples, arguments, *[LoraSVDCallback()] * ours)
+        return train(model, self.texts.examples, arguments, *[LoraSVDCallback()] * ours)
 
     def folder(self, kind: str, **settings: Any) -> Path:
         """Where something is kept that these settings, the model and the training text determine."""
@@ -173,7 +157,7 @@ def pruned(bench: Benchmark, size: float, seed: int) -> Any:
     arguments = training_arguments(
         bench.cache, steps=given.steps, batch=given.batch, learning_rate=given.learning_rate, seed=seed
     )
-    return lora_prune(load(given.model), bench.examples, arguments, size)
+    return lora_prune(load(given.model), bench.texts.examples, arguments, size)
 
 
 def ours(bench: Benchmark, size: float, seed: int, **choices: Any) -> Any:
