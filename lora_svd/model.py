@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
-from .allocation import LayerShape, budget_of
+from .allocation import budget_of
 from .compact import (
     LoraSVDCompactConfig,
-    LowRankLinear,
     check_quantization,
     compact_module,
     describe_compact,
@@ -84,7 +83,9 @@ class LoraSVDModel(PhasedModel):
         quantization = quantization_config or getattr(getattr(self.model, "config", None), "quantization_config", None)
         with torch.no_grad():
             description = self._compact(name)
-            model: Any = super().merge_and_unload(progressbar=progressbar, adapter_names=adapter_names)
+            model: Any = super().merge_and_unload(
+                progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+            )
             if quantization_config is not None:
                 quantize_modules(model, quantization_config, partial(_metrics, inputs, settings))
         describe_compact(model, description, quantization)
@@ -139,7 +140,7 @@ class LoraSVDModel(PhasedModel):
         for name, module in modules.items():
             self.model.set_submodule(name, module)
         return LoraSVDCompactConfig(
-            ranks={name: _stored_rank(module, inputs[name].shape) for name, module in modules.items()},
+            ranks={name: given.shape.full_rank for name, given in inputs.items()},
             factor_format=config.factor_format,
             dense_parameters=sum(given.shape.parameters for given in inputs.values()),
             tied_parameters=sum(inputs[name].shape.parameters for name in tied),
@@ -188,7 +189,3 @@ def _warn_if_larger(model: nn.Module, names: Iterable[str], bytes_before: int) -
             "merge_and_unload(quantization_config=BitsAndBytesConfig(load_in_4bit=True)), or a lower param_ratio",
             stacklevel=3,
         )
-
-
-def _stored_rank(module: nn.Module, shape: LayerShape) -> int:
-    return module.rank if isinstance(module, LowRankLinear) else shape.full_rank

@@ -17,6 +17,7 @@ from lora_svd import LoraSVDError, NumericalError
 from lora_svd.compact import LowRankLinear, parameter_report, quantize_modules
 from lora_svd.compact import quantized as quantized_module
 from lora_svd.compact.stored import full_precision
+from lora_svd.html_report import bytes_by_part
 from lora_svd.layer import LoraSVDLinear
 from lora_svd.rounding import nearest_levels
 
@@ -194,6 +195,7 @@ def test_report_counts_numbers_and_bytes(dense: Path, tmp_path: Path) -> None:
         assert (layer.rank, layer.parameters) == (64, numbers)
         assert numbers / 2 < layer.bytes < 0.6 * numbers
     assert size.parameters == size.dense_parameters - 2 * (192 * 384 - numbers)
+    assert sum(bytes_by_part(compact).values()) == size.bytes
 
 
 def test_ranks_are_filled_up_where_that_is_smaller(dense: Path, tmp_path: Path) -> None:

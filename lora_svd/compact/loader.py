@@ -212,7 +212,8 @@ def describe_compact(model: nn.Module, config: LoraSVDCompactConfig, quantizatio
 
     Args:
         model: with low-rank layers and no tuner's.
-        config: what it says about itself; what is said of quantized weights is added.
+        config: what it says about itself, with full ranks; those of low-rank layers and what is said of quantized
+            weights are filled in.
         quantization: the ``BitsAndBytesConfig`` of the weights that are quantized, if some are.
     """
     for parameter in model.parameters():
@@ -228,8 +229,6 @@ def describe_compact(model: nn.Module, config: LoraSVDCompactConfig, quantizatio
         module = model.get_submodule(name)
         if isinstance(module, LowRankLinear):
             config.ranks[name] = module.rank
-        elif isinstance(module, nn.Linear):
-            config.ranks[name] = min(module.in_features, module.out_features)
     config.quantized = quantized_names(model)
     if config.quantized:
         config.bitsandbytes = quantization if isinstance(quantization, dict) else quantization.to_dict()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..compact import ParameterReport
+from ..compact import ParameterReport, num_bytes
 from ..evaluation import Perplexity
 from ..run_report import RunReport
 from .messages import Messages
@@ -74,7 +74,7 @@ def bytes_by_part(model: nn.Module) -> dict[str, int]:
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                parts[_part(name, module, in_head)] += tensor.numel() * tensor.element_size()
+                parts[_part(name, module, in_head)] += num_bytes(tensor)
     return parts
 
 
