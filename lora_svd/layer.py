@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 _STATE = (*STATISTICS, "counts")
 _FACTORS = ("left", "right")
 # Factors are stored this much larger, so that a step of an optimizer like Adam, whose length does not depend on the
-# gradient's, moves them less than it moves the bypass: 2.5e-4 of their unit at a learning rate of 1e-3.
+# gradient's, moves them less than it moves the bypass: 2.5e-4 of their unit at a learning rate of 1e-3. A power of 2,
+# so that scaling rounds nothing.
 _FACTOR_SCALE = 4.0
 
 
@@ -126,6 +127,11 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
         weight: Any = self.get_base_layer().weight
         return num_bytes(weight)
 
+    def _float_dtype(self) -> torch.dtype:
+        """Type of the base weight; bfloat16 for integers."""
+        dtype: Any = self.get_base_layer().weight.dtype
+        return dtype if dtype.is_floating_point else torch.bfloat16
+
     def bypass_factors(self, adapter_name: str) -> Factors:
         """s B (out, r) and A (r, in), float32."""
         B, A = self.lora_svd_B[adapter_name].detach(), self.lora_svd_A[adapter_name].detach()
@@ -148,16 +154,26 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
         for name in _FACTORS:
             yield from (p for p in getattr(self, PREFIX + name).parameters() if p.requires_grad)
 
+    def frozen_factors(self, adapter_name: str) -> Iterator[tuple[MutableMapping[str, Tensor], Tensor]]:
+        """The factors that are not trained, each with the mapping that holds it."""
+        for stored in map(self._state, _FACTORS):
+            if adapter_name in stored and not stored[adapter_name].requires_grad:
+                yield stored, stored[adapter_name]
+
     def set_factors(self, adapter_name: str, factors: Factors | None, *, trainable: bool = False) -> None:
-        """Let factors stand for the weight from now on, in float32, balanced; None restores the whole weight."""
+        """Let factors stand for the weight from now on, balanced; None restores the whole weight.
+
+        They are float32 if they are trained, else of the base weight's type: bfloat16 if that is quantized.
+        """
         # With low_cpu_mem_usage A is empty at first, on the meta device.
         A = self.lora_svd_A[adapter_name]
         device = torch.device("cpu") if A.is_meta else A.device
+        dtype = torch.float32 if trainable else self._float_dtype()
         balanced = balance(factors) if factors is not None else None
         for name in _FACTORS:
             stored = self._state(name)
             if balanced is not None:
-                tensor = _FACTOR_SCALE * getattr(balanced, name).to(device, torch.float32).contiguous()
+                tensor = _FACTOR_SCALE * getattr(balanced, name).to(device, dtype).contiguous()
                 stored[adapter_name] = nn.Parameter(tensor, requires_grad=trainable)
             elif adapter_name in stored:
                 del stored[adapter_name]
@@ -305,19 +321,25 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
 
     def _weight_output(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """``W x + b`` with W replaced by the factors of the compressed adapters."""
-        compressed = [factors for name in adapters if (factors := self.factors(name)) is not None]
+        compressed = [name for name in adapters if name in self._state("left")]
         if len(compressed) == 1:  # the usual case: the base weight is not needed at all
             bias = self.get_base_layer().bias
-            return _low_rank_linear(x, compressed[0], bias.to(x.dtype) if isinstance(bias, Tensor) else None)
+            return self._low_rank_output(x, compressed[0], bias if isinstance(bias, Tensor) else None)
         result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         if compressed:
             weight = self.dense_weight().to(x.dtype)
             result = result - len(compressed) * F.linear(x, weight)
-        for factors in compressed:
-            result = result + _low_rank_linear(x, factors, None)
+        for name in compressed:
+            result = result + self._low_rank_output(x, name)
         return result
+
+    def _low_rank_output(self, x: Tensor, adapter_name: str, bias: Tensor | None = None) -> Tensor:
+        left, right = (self._state(name)[adapter_name] for name in _FACTORS)
+        # one scaling of the few hidden features, not of both factors; without copies of them in another type
+        hidden = F.linear(x, _as_input(right, x)) / _FACTOR_SCALE**2
+        return F.linear(hidden, _as_input(left, x), None if bias is None else _as_input(bias, x))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter is a plain LoRA, that is, not yet compressed."""
@@ -330,8 +352,9 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
         return quantization_extra_repr(self)
 
 
-def _low_rank_linear(x: Tensor, factors: Factors, bias: Tensor | None) -> Tensor:
-    return F.linear(F.linear(x, factors.right.to(x.dtype)), factors.left.to(x.dtype), bias)
+def _as_input(weight: Tensor, x: Tensor) -> Tensor:
+    """The weight in the type of its input; autocast sees to that itself."""
+    return weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype)
 
 
 def _features(base: nn.Module) -> tuple[int, int]:

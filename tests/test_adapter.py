@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -149,14 +150,23 @@ def test_training_goes_on_after_loading_a_whole_adapter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_base(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Adapter and factors are float32, the compact model is what the base was."""
-    base = LLAMA.build()
-    for parameter in base.parameters():  # not the rotary frequencies, which no loader rounds
-        parameter.data = parameter.data.to(dtype)
-    model = PeftModel(base, settings())
+    """The bypass is float32; frozen factors and the compact model are what the base was."""
+
+    def base_of(dtype: torch.dtype) -> Any:
+        base = LLAMA.build()
+        for parameter in base.parameters():  # not the rotary frequencies, which no loader rounds
+            parameter.data = parameter.data.to(dtype)
+        return base
+
+    model = PeftModel(base_of(dtype), settings())
     make_trainer(model, tmp_path, learning_rate=1e-3).train()
-    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
-    assert layer.factors("default").left.dtype == torch.float32
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(base_of(dtype), tmp_path / "adapter")
+    for tuned in (model, again):
+        layer = tuned.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+        assert layer.lora_svd_A["default"].dtype == torch.float32
+        assert {factor.dtype for factor in vars(layer.factors("default")).values()} == {dtype}
+    assert torch.equal(logits(again), logits(model))
     compact = model.merge_and_unload()
     assert {parameter.dtype for parameter in compact.parameters()} == {dtype}
     expected = logits(compact)

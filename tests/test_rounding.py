@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_svd.rounding import mix, nearest_levels, refit_left, round_weight
+from lora_svd.rounding import fit_scales, mix, nearest_levels, refit_left, round_weight
 
 LEVELS = torch.tensor([0.4, -1.0, 0.0, 1.0, -0.2], dtype=torch.float64)  # in no order
 
@@ -88,3 +88,26 @@ def test_mixing_keeps_the_product_and_makes_rounding_cheaper() -> None:
     mixed = mix(left, right)
     torch.testing.assert_close(mixed[0] @ mixed[1], left @ right)
     assert error(*mixed) < 0.5 * error(left, right)
+
+
+def test_fitted_scales_are_the_best_of_a_grid_by_brute_force() -> None:
+    numbers = random(3, 50)  # the last block of 16 has 6 numbers
+    found = fit_scales(numbers, LEVELS, 16)
+    for block, scale in zip(numbers.flatten().split(16), found, strict=True):
+
+        def error(scale: float, block: Tensor = block) -> float:
+            return float((block[:, None] - scale * LEVELS).abs().amin(1).square().sum())
+
+        shares = torch.linspace(0.75, 1.15, 9, dtype=torch.float64)
+        assert error(float(scale)) == pytest.approx(min(error(float(share * block.abs().max())) for share in shares))
+    assert not fit_scales(torch.zeros(2, 8), LEVELS, 16).any()
+
+
+def test_fitted_scales_cost_less_than_the_largest_magnitude() -> None:
+    levels = torch.linspace(-1, 1, 16, dtype=torch.float64)
+    numbers = random(500, 64)
+    errors = [
+        (numbers - scale * levels[nearest_levels(numbers / scale, levels)]).square().mean()
+        for scale in (fit_scales(numbers, levels, 64)[:, None], numbers.abs().amax(1, keepdim=True))
+    ]
+    assert errors[0] < 0.9 * errors[1]

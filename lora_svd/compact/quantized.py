@@ -18,7 +18,7 @@ from transformers.utils.import_utils import is_bitsandbytes_available
 
 from ..errors import LoraSVDError, NumericalError, in_module
 from ..linalg import Metrics, metric_times
-from ..rounding import mix, refit_left, round_weight
+from ..rounding import fit_scales, mix, refit_left, round_weight
 from .low_rank import LowRankLinear
 from .stored import full_precision, is_quantized
 
@@ -136,14 +136,20 @@ def _quantized(weight: Tensor, config: BitsAndBytesConfig, metric: Tensor | None
     with torch.device("meta"):
         linear = nn.Linear(in_features, out_features, bias=bias is not None)
     layer: Any = empty_quantized(linear, config)
+    device, weight = weight.device, weight.cpu()
+    levels = bitsandbytes.functional.get_4bit_type(config.bnb_4bit_quant_type, device="cpu", blocksize=BLOCK)
+    # bitsandbytes takes a block's largest number for its scale: it gets the scales that fit as the only numbers.
+    largest = torch.zeros(weight.numel(), dtype=weight.dtype)
+    largest[::BLOCK] = fit_scales(weight, levels, BLOCK).to(weight.dtype)
     packed, state = bitsandbytes.functional.quantize_4bit(
-        weight.to("cpu").contiguous(),
+        largest.view(weight.shape),
+        blocksize=BLOCK,
         compress_statistics=config.bnb_4bit_use_double_quant,
         quant_type=config.bnb_4bit_quant_type,
         quant_storage=config.bnb_4bit_quant_storage,
     )
     scale = _scales(state)
-    codes = round_weight(weight.to("cpu"), scale, state.code, metric)
+    codes = round_weight(weight, scale, state.code, metric)
     flat = nn.functional.pad(codes.flatten(), (0, codes.numel() % 2)).to(torch.uint8)
     packed.view(torch.uint8).flatten()[: len(flat) // 2] = flat[::2] << 4 | flat[1::2]
     layer.weight = bitsandbytes.nn.Params4bit(
@@ -159,7 +165,7 @@ def _quantized(weight: Tensor, config: BitsAndBytesConfig, metric: Tensor | None
     )
     layer.quant_state, layer.bias = state, bias
     keep_unpacked(layer)
-    layer.to(weight.device)
+    layer.to(device)
     _check_stored(layer, scale * state.code.cpu()[codes])
     return layer
 
