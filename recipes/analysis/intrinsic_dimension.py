@@ -4,8 +4,8 @@
         --dimensions 10 100 1000 10000 --output_dir runs/intrinsic_dimension --num_train_epochs 3
 
 The files have one JSON object ``{"sentence": text, "label": integer}`` a line. First all parameters are trained, at
-``--full_learning_rate``; then each dimension, from the same start, at ``--learning_rate``. One JSON line a result.
-The accuracy of a dimension is that of the best learning rate: try several, larger ones for few dimensions.
+``--learning_rate``; then each dimension, from the same start, at each of ``--learning_rates``. One JSON line a result.
+The accuracy of a dimension is that of its best learning rate, on the evaluation file, as in the papers.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ class TaskArguments:
     dimensions: list[int] = field(
         default_factory=lambda: [10, 30, 100, 300, 1000, 3000, 10000], metadata={"help": "Dimensions to try."}
     )
+    learning_rates: list[float] = field(
+        default_factory=lambda: [0.01, 0.03], metadata={"help": "Of the coordinates; the best one counts."}
+    )
     structure_aware: bool = field(default=False, metadata={"help": "SAID: a scale for each layer, counted as one."})
-    full_learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate when all parameters are trained."})
     max_train_samples: int = field(default=0, metadata={"help": "Lines of train_file to use; 0: all."})
     max_eval_samples: int = field(default=0, metadata={"help": "Lines of eval_file to use; 0: all."})
     max_length: int = field(default=128, metadata={"help": "Tokens of a sentence that are read."})
 
 
-# Coordinates learn at another rate than parameters: a step in one is a step of norm 1 of all parameters. The subspace
-# hides the signature that Trainer takes the names of columns and labels from.
+# The subspace hides the signature that Trainer takes the names of columns and labels from.
 DEFAULTS = {
-    "learning_rate": 1e-2,
     "save_strategy": "no",
     "report_to": "none",
     "remove_unused_columns": False,
@@ -83,14 +83,13 @@ def main() -> None:
     train = read_samples(task.train_file, tokenizer, task.max_length, task.max_train_samples)
     dev = read_samples(task.eval_file, tokenizer, task.max_length, task.max_eval_samples)
     num_labels = 1 + max(sample["labels"] for sample in train + dev)
-    rate = training.learning_rate
 
-    def measure(dimension: int | None) -> float:
+    def measure(dimension: int | None, rate: float) -> float:
         set_seed(training.seed)  # the same new head and the same batches every time
         model: nn.Module = AutoModelForSequenceClassification.from_pretrained(task.model, num_labels=num_labels)
         if dimension is not None:
             model = random_subspace(model, dimension, structure_aware=task.structure_aware, seed=training.seed)
-        training.learning_rate = task.full_learning_rate if dimension is None else rate
+        training.learning_rate = rate
         trainer = Trainer(
             model=model,
             args=training,
@@ -101,11 +100,12 @@ def main() -> None:
         )
         trainer.train()
         value = trainer.evaluate()["eval_accuracy"]
-        print(json.dumps({"dimension": dimension or "full", "accuracy": round(value, 4)}), flush=True)
+        result = {"dimension": dimension or "full", "learning_rate": rate, "accuracy": round(value, 4)}
+        print(json.dumps(result), flush=True)
         return value
 
-    full = measure(None)
-    accuracies = {dimension: measure(dimension) for dimension in sorted(task.dimensions)}
+    full = measure(None, training.learning_rate)
+    accuracies = {d: max(measure(d, rate) for rate in task.learning_rates) for d in sorted(task.dimensions)}
     try:
         print(json.dumps({"d_90": intrinsic_dimension(accuracies, full)}))
     except LoraSVDError as error:
