@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from peft.utils import (
 )
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from .compact import keep_unpacked
@@ -44,6 +46,9 @@ class InjectedModel(BaseTuner):
             self._given_ranks: dict[str, dict[str, int] | None] = {}  # compact_ranks that the user chose, by adapter
             self._trained: dict[str, dict[str, Factors]] = {}  # factors as training left them, by adapter and layer
             self._unpacked = keep_unpacked(model)
+            self._aliases = _aliases(model)
+        if not (config.inference_mode or config.compressed):
+            _warn_of_fused_weights(model)
         self._trained.pop(adapter_name, None)
 
     def _prepare_model(self, peft_config: LoraSVDConfig, model: nn.Module) -> None:
@@ -79,6 +84,12 @@ class InjectedModel(BaseTuner):
                 f"target_modules: {current_key} is {type(base).__name__}, which is not supported; expected "
                 "torch.nn.Linear, transformers Conv1D or a quantized linear layer. Name other modules, or leave this "
                 "one out with exclude_modules"
+            )
+        if target in self._aliases:
+            names = self._aliases[target]
+            raise LoraSVDError(
+                f"target_modules: {names[0]} is the same module as {', '.join(names[1:])}, expected one name for each, "
+                f"since a compact module would take the place of one only. Set exclude_modules={names}"
             )
         new = LoraSVDLinear(target, self._shared_gram, **get_quantization_kwargs(self))
         new.update_layer(adapter_name, peft_config, key=current_key, r=r, lora_alpha=alpha)
@@ -153,3 +164,52 @@ class InjectedModel(BaseTuner):
 def _is_quantized_linear(module: nn.Module) -> bool:
     backend = resolve_quantization_backend(module)
     return backend is not None and backend.layer_type == "linear" and backend.supports_merge
+
+
+def check_called(layers: Mapping[str, LoraSVDLinear], adapter_name: str) -> None:
+    """Raise if the model computes with the weight of a targeted layer and does not call the layer.
+
+    Its bypass would not be trained, and the model that is saved could not use its factors. After a backward pass; a
+    layer that was neither called nor read, such as an expert without tokens, is none of these.
+    """
+    bypassed = [
+        name for name, layer in layers.items() if layer.weight_was_read and layer.lora_svd_B[adapter_name].grad is None
+    ]
+    if bypassed:
+        raise LoraSVDError(
+            f"target_modules: the model uses the weights of {_shortened(bypassed)} and does not call these layers, so "
+            "they can be neither trained nor replaced. Leave them out: "
+            f"exclude_modules={sorted({name.rpartition('.')[2] for name in bypassed})}"
+        )
+
+
+def _aliases(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """The names of every module that is the child of more than one, or twice of one."""
+    names: dict[nn.Module, list[str]] = {}
+    for parent_name, parent in model.named_modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                names.setdefault(child, []).append(f"{parent_name}.{name}".removeprefix("."))
+    return {module: found for module, found in names.items() if len(found) > 1}
+
+
+def _warn_of_fused_weights(model: nn.Module) -> None:
+    sizes = {
+        f"{name}.{of}": parameter.numel()
+        for name, module in model.named_modules()
+        if not isinstance(module, _ConvNd)
+        for of, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and len(parameter) > 1
+    }
+    if sizes:
+        share = sum(sizes.values()) / sum(parameter.numel() for parameter in model.parameters())
+        warnings.warn(
+            f"{share:.1%} of the parameters are in 3-D weights (fused experts), which are left as they are: "
+            f"{_shortened(sizes)}. param_ratio is of the other targeted layers",
+            stacklevel=2,
+        )
+
+
+def _shortened(names: Iterable[str]) -> str:
+    first, *rest = names
+    return f"{first} and {len(rest)} more" if rest else first

@@ -53,6 +53,7 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, shared: SharedGram, **kwargs: Any) -> None:
         super().__init__()
+        self.weight_was_read = False
         self.base_layer = base_layer
         base = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(base, **kwargs)
@@ -116,6 +117,12 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
     def layer_shape(self, adapter_name: str, *, keep: bool) -> LayerShape:
         """Shape of the weight; with ``keep`` the bypass is stored on top of the kept rank."""
         return LayerShape(self.out_features, self.in_features, self.r[adapter_name] if keep else 0)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's; remembers that training reads it, and may so go round this layer."""
+        self.weight_was_read |= torch.is_grad_enabled()
+        return super().weight
 
     def dense_weight(self) -> Tensor:
         """The frozen weight, (out, in), dequantized if need be; the one before any merge."""

@@ -20,7 +20,7 @@ from .compression import (
 from .config import LoraSVDConfig
 from .distillation import distillation_loss, label_positions
 from .errors import LoraSVDError, NumericalError
-from .injection import InjectedModel
+from .injection import InjectedModel, check_called
 from .layer import LoraSVDLinear
 from .schedule import Schedule, build_schedule
 
@@ -92,6 +92,8 @@ class PhasedModel(InjectedModel):
             layers = dict(self._tuner_layers(adapter_name))
             self._trained.pop(adapter_name, None)  # the optimizer is about to change the factors
             _check_gradients(layers, adapter_name, global_step)
+            if global_step == 0:
+                check_called(layers, adapter_name)
             for layer in layers.values():
                 layer.observe_step(adapter_name)
             budget = schedule.budget(global_step)

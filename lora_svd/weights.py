@@ -58,7 +58,7 @@ def model_weights(model: nn.Module) -> dict[str, LayerWeight]:
         if name in low_rank:
             module = low_rank[name]
             shape = module.out_features, module.in_features
-            found[name] = LayerWeight(shape, module.rank, partial(_low_rank_weight, module))
+            found[name] = LayerWeight(shape, module.rank, module.dense_weight)
         elif name.rpartition(".")[0] not in low_rank and not _is_tied(model, name) and _is_linear(module):
             found[name] = LayerWeight(_shape(module), None, partial(_module_weight, module))
     return found
@@ -115,11 +115,6 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, Conv1D):
         return module.nf, module.nx
     return int(module.out_features), int(module.in_features)  # pyright: ignore[reportArgumentType]
-
-
-def _low_rank_weight(module: LowRankLinear) -> Tensor:
-    left, right = (full_precision(layer).detach().cpu().double() for layer in (module.left, module.right))
-    return stored_weight(left, right, module.order.cpu() if module.factor_format == "pivoted" else None)
 
 
 def _module_weight(module: nn.Module) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import ARCHITECTURES, assert_bit_equal, logits, make_trainer, tensors, trained
+from models import ARCHITECTURES, KINDS, assert_bit_equal, logits, make_trainer, tensors, trained
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModel,
@@ -33,9 +33,9 @@ AUTO = {"t5": AutoModelForSeq2SeqLM, "bert": AutoModelForSequenceClassification,
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Compact models of every architecture, and of both formats for Llama, by name; read only."""
+    """Compact models of every kind of architecture, and of both formats for Llama, by name; read only."""
     root = tmp_path_factory.mktemp("compact")
-    variants = {name: (name, "pivoted") for name in ARCHITECTURES}
+    variants = {name: (name, "pivoted") for name in KINDS}
     variants |= {f"llama-{form}": ("llama", form) for form in FORMATS}
     for folder, (name, form) in variants.items():
         model = trained(root / "run", ARCHITECTURES[name], factor_format=form)
@@ -57,8 +57,8 @@ def reloaded(model: PreTrainedModel, folder: Path, **changes: Any) -> PreTrained
     return load(folder)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_auto_class_loads_every_architecture(name: str, folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("name", KINDS)
+def test_auto_class_loads_every_kind(name: str, folders: dict[str, Path]) -> None:
     """Nothing missing, nothing left over, nothing that marks the model as quantized."""
     model, info = AUTO.get(name, AutoModelForCausalLM).from_pretrained(folders[name], output_loading_info=True)
     assert isinstance(model, ARCHITECTURES[name].model)

@@ -1,4 +1,4 @@
-"""From a config to a compact model: every architecture, preset and form, the Trainer and the hand-written loop."""
+"""From a config to a compact model: every preset and form, the Trainer and the hand-written loop."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from models import (
     ARCHITECTURES,
     LLAMA,
     assert_bit_equal,
+    assert_kept,
+    assert_plain,
     linear_sizes,
     logits,
     make_trainer,
@@ -18,50 +20,13 @@ from models import (
     wrap,
 )
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 
 from lora_svd import LoraSVDCallback
 from lora_svd.compact import LowRankLinear, parameter_report
 from lora_svd.importance import IMPORTANCES
 from lora_svd.layer import LoraSVDLinear
-
-
-def assert_plain(model: nn.Module) -> None:
-    """No trace of PEFT: a transformers model whose every parameter can be trained."""
-    assert isinstance(model, PreTrainedModel)
-    assert not any(
-        isinstance(module, (PeftModel, BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in model.modules()
-    )
-    assert not hasattr(model, "peft_config")
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def assert_kept(model: nn.Module, param_ratio: float) -> None:
-    """At most the requested size, and no further below than one rank of the widest layer."""
-    report = parameter_report(model)
-    assert report.param_ratio <= param_ratio
-    assert report.param_ratio > param_ratio - 0.01
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture_comes_out_plain_smaller_and_equal_after_reloading(name: str, tmp_path: Path) -> None:
-    architecture = ARCHITECTURES[name]
-    model = trained(tmp_path / "run", architecture)
-    before = logits(model, architecture)
-    compact = model.merge_and_unload()
-    assert_plain(compact)
-    assert_kept(compact, 0.6)
-    after = logits(compact, architecture)
-    assert torch.isfinite(after).all()
-    assert not torch.equal(after, before)  # the bypass is absorbed into the same rank
-    compact.save_pretrained(tmp_path / "compact")
-    reloaded = architecture.model.from_pretrained(tmp_path / "compact")
-    assert_bit_equal(tensors(reloaded), tensors(compact))
-    assert torch.equal(logits(reloaded, architecture), after)
-    assert parameter_report(reloaded) == parameter_report(compact)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])

@@ -1,6 +1,7 @@
 """What a user ships: low-rank layers, their checkpoint, and a report of their size."""
 
 from .card import compact_card
+from .dense import densify
 from .loader import LoraSVDCompactConfig, LoraSVDCompactQuantizer, describe_compact, untie
 from .low_rank import LowRankLinear, compact_module, stored_weight
 from .quantized import check_quantization, keep_unpacked, quantize_modules
@@ -17,6 +18,7 @@ __all__ = [
     "check_quantization",
     "compact_card",
     "compact_module",
+    "densify",
     "describe_compact",
     "keep_unpacked",
     "num_bytes",

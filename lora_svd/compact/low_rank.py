@@ -57,9 +57,9 @@ class LowRankLinear(nn.Module):
         return result if self.bias is None else result + self.bias
 
     def dense_weight(self) -> Tensor:
-        """The weight (out, in) that this layer stands for."""
-        order = getattr(self, "order", None)
-        return stored_weight(full_precision(self.left), full_precision(self.right), order)
+        """The weight (out, in) that this layer stands for, float64 on the CPU: rounded, it would have full rank."""
+        left, right = (full_precision(layer).detach().cpu().double() for layer in (self.left, self.right))
+        return stored_weight(left, right, self.order.cpu() if self.factor_format == "pivoted" else None)
 
     def extra_repr(self) -> str:
         return (
@@ -84,7 +84,7 @@ def compact_module(result: Factors | Tensor, base: nn.Module, dense: Tensor, fac
     """
     bias = base.bias.detach() if isinstance(base.bias, Tensor) else None
     if isinstance(result, Tensor):
-        return _dense_module(result, base, bias, dense)
+        return dense_module(result.to(dense.device, dense.dtype), base, bias)
     out_features, in_features = dense.shape
     with torch.device("meta"):
         module = LowRankLinear(
@@ -112,15 +112,16 @@ def compact_module(result: Factors | Tensor, base: nn.Module, dense: Tensor, fac
     return module
 
 
-def _dense_module(weight: Tensor, base: nn.Module, bias: Tensor | None, dense: Tensor) -> nn.Module:
-    out_features, in_features = dense.shape
+def dense_module(weight: Tensor, like: nn.Module, bias: Tensor | None) -> nn.Module:
+    """A Conv1D if ``like`` is one, else an ``nn.Linear``, of a weight (out, in) and a copy of the bias."""
+    out_features, in_features = weight.shape
     with torch.device("meta"):
-        if isinstance(base, Conv1D):
+        if isinstance(like, Conv1D):
             module: nn.Module = Conv1D(out_features, in_features)
         else:
             module = nn.Linear(in_features, out_features, bias=bias is not None)
-    stored = weight.T if isinstance(base, Conv1D) else weight
-    module.weight = nn.Parameter(stored.to(dense.device, dense.dtype).contiguous())
+    stored = weight.T if isinstance(like, Conv1D) else weight
+    module.weight = nn.Parameter(stored.contiguous())
     if bias is not None:
         module.bias = nn.Parameter(bias.clone())
     return module

@@ -109,7 +109,8 @@ def _quantize_factors(module: LowRankLinear, config: BitsAndBytesConfig, metrics
     dtype, bias, padding = module.left.weight.dtype, _bias(module.left), -module.rank % BLOCK
     rank = module.rank + padding
     if rank * (module.in_features + module.out_features) >= module.in_features * module.out_features:
-        return _quantized(module.dense_weight().detach(), config, metrics.column, bias)
+        weight = module.dense_weight().to(module.left.weight.device, dtype)
+        return _quantized(weight, config, metrics.column, bias)
     left, right = (factor.weight.detach().cpu().double() for factor in (module.left, module.right))
     left, right = mix(nn.functional.pad(left, (0, padding)), nn.functional.pad(right, (0, 0, 0, padding)))
     device, refitted = module.left.weight.device, right

@@ -1,0 +1,65 @@
+"""A compact model as a dense one, for programs that know no low-rank layer."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import LoraSVDError
+from .loader import mark
+from .low_rank import LowRankLinear, dense_module
+from .quantized import keep_unpacked
+from .stored import full_precision, is_quantized
+
+
+@torch.no_grad()
+def densify(model: PreTrainedModel) -> PreTrainedModel:
+    """Put a dense layer in the place of every low-rank or quantized one, in place, and return the model.
+
+    A weight is ``left right``, taken in float64 and rounded to the type of the factors, or dequantized. The model is
+    then as large as the original, and what it saves is loaded without this package by whatever loads its architecture.
+
+    Raises:
+        LoraSVDError: the model is not a transformers model, or has adapters.
+    """
+    adapted = isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    if adapted or not isinstance(model, PreTrainedModel):
+        raise LoraSVDError(
+            f"model: got {type(model).__name__}{' with adapters' if adapted else ''}, expected a transformers model "
+            "without adapters; call merge_and_unload() first"
+        )
+    keep_unpacked(model)
+    config: Any = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        plain = type(model)(config)
+    replaced = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LowRankLinear) or is_quantized(getattr(module, "weight", None))
+    }
+    factors = {f"{name}.{side}" for name in replaced for side in ("left", "right")}
+    for name, module in replaced.items():
+        if name not in factors:
+            model.set_submodule(name, _dense(module, plain.get_submodule(name)))
+    model.config = config
+    mark(model, None)
+    return model
+
+
+def _dense(module: nn.Module, like: nn.Module) -> nn.Module:
+    """A module of the class of ``like`` with the weight, bias, type and device of ``module``."""
+    given: Any = module
+    if isinstance(module, LowRankLinear):
+        bias, weight = module.left.bias if module.bias is None else module.bias, module.dense_weight()
+        weight = weight.to(given.weight.device, given.weight.dtype)
+    else:
+        bias, weight = given.bias, full_precision(module)
+    return dense_module(weight, like, bias if isinstance(bias, Tensor) else None).train(module.training)
