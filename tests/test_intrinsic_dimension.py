@@ -168,7 +168,7 @@ def test_recipe_runs(tmp_path: Path):
     words = [f"--{name}={value}" for name, value in options.items()]
     script = ROOT / "recipes/analysis/intrinsic_dimension.py"
     done = subprocess.run(
-        [sys.executable, script, *words, "--dimensions", "300", "5", "--learning_rates", "0.01", "0.1"],
+        [sys.executable, script, *words, "--dimensions", "300", "5", "--step_lengths", "1", "10"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -176,8 +176,11 @@ def test_recipe_runs(tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"d')]
-    tried = [("full", 1e-3), (5, 0.01), (5, 0.1), (300, 0.01), (300, 0.1), (None, None)]
-    assert [(line.get("dimension"), line.get("learning_rate")) for line in lines] == tried
+    assert [line.get("dimension") for line in lines] == ["full", 5, 5, 300, 300, None]
+    full, few, few_far, many, _ = [line["learning_rate"] for line in lines[:-1]]
+    assert full == 1e-3
+    assert few_far == pytest.approx(10 * few)
+    assert few == pytest.approx(many * 60**0.5)
     assert all(20 * line["accuracy"] == pytest.approx(round(20 * line["accuracy"])) for line in lines[:-1])
     reached = [line["dimension"] for line in lines[1:-1] if line["accuracy"] >= 0.9 * lines[0]["accuracy"]]
     assert lines[-1]["d_90"] == (min(reached) if reached else None)

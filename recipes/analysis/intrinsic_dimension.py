@@ -3,14 +3,17 @@
     python recipes/analysis/intrinsic_dimension.py --model ENCODER --train_file train.jsonl --eval_file dev.jsonl \
         --dimensions 10 100 1000 10000 --output_dir runs/intrinsic_dimension --num_train_epochs 3
 
-The files have one JSON object ``{"sentence": text, "label": integer}`` a line. First all parameters are trained, at
-``--learning_rate``; then each dimension, from the same start, at each of ``--learning_rates``. One JSON line a result.
-The accuracy of a dimension is that of its best learning rate, on the evaluation file, as in the papers.
+The files have one JSON object ``{"sentence": text, "label": integer}`` a line. First all N parameters are trained, at
+``--learning_rate``; then d coordinates, from the same start, at ``step_length * learning_rate * sqrt(N / d)``: with the
+step length 1 an optimizer like Adam, whose steps have the length of the learning rate in each coordinate, moves the
+parameters as far as in full training. One JSON line a result. The accuracy of a dimension is that of the best of
+``--step_lengths``, on the evaluation file, as in the papers.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,8 +45,8 @@ class TaskArguments:
     dimensions: list[int] = field(
         default_factory=lambda: [10, 30, 100, 300, 1000, 3000, 10000], metadata={"help": "Dimensions to try."}
     )
-    learning_rates: list[float] = field(
-        default_factory=lambda: [0.01, 0.03], metadata={"help": "Of the coordinates; the best one counts."}
+    step_lengths: list[float] = field(
+        default_factory=lambda: [1.0, 3.0], metadata={"help": "In units of full training's; the best one counts."}
     )
     structure_aware: bool = field(default=False, metadata={"help": "SAID: a scale for each layer, counted as one."})
     max_train_samples: int = field(default=0, metadata={"help": "Lines of train_file to use; 0: all."})
@@ -83,13 +86,15 @@ def main() -> None:
     train = read_samples(task.train_file, tokenizer, task.max_length, task.max_train_samples)
     dev = read_samples(task.eval_file, tokenizer, task.max_length, task.max_eval_samples)
     num_labels = 1 + max(sample["labels"] for sample in train + dev)
+    rate = training.learning_rate
 
-    def measure(dimension: int | None, rate: float) -> float:
+    def measure(dimension: int | None, step_length: float = 1.0) -> float:
         set_seed(training.seed)  # the same new head and the same batches every time
         model: nn.Module = AutoModelForSequenceClassification.from_pretrained(task.model, num_labels=num_labels)
-        if dimension is not None:
-            model = random_subspace(model, dimension, structure_aware=task.structure_aware, seed=training.seed)
         training.learning_rate = rate
+        if dimension is not None:
+            training.learning_rate *= step_length * math.sqrt(sum(p.numel() for p in model.parameters()) / dimension)
+            model = random_subspace(model, dimension, structure_aware=task.structure_aware, seed=training.seed)
         trainer = Trainer(
             model=model,
             args=training,
@@ -100,12 +105,16 @@ def main() -> None:
         )
         trainer.train()
         value = trainer.evaluate()["eval_accuracy"]
-        result = {"dimension": dimension or "full", "learning_rate": rate, "accuracy": round(value, 4)}
+        result = {
+            "dimension": dimension or "full",
+            "learning_rate": training.learning_rate,
+            "accuracy": round(value, 4),
+        }
         print(json.dumps(result), flush=True)
         return value
 
-    full = measure(None, training.learning_rate)
-    accuracies = {d: max(measure(d, rate) for rate in task.learning_rates) for d in sorted(task.dimensions)}
+    full = measure(None)
+    accuracies = {d: max(measure(d, length) for length in task.step_lengths) for d in sorted(task.dimensions)}
     try:
         print(json.dumps({"d_90": intrinsic_dimension(accuracies, full)}))
     except LoraSVDError as error:
