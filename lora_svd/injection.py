@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from .compact import keep_unpacked
+from .compact import LowRankLinear, keep_unpacked
 from .config import LoraSVDConfig
 from .decompositions import Factors
 from .errors import LoraSVDError
@@ -47,6 +47,11 @@ class InjectedModel(BaseTuner):
             self._trained: dict[str, dict[str, Factors]] = {}  # factors as training left them, by adapter and layer
             self._unpacked = keep_unpacked(model)
             self._aliases = _aliases(model)
+        if config.param_ratio < 1 and any(isinstance(module, LowRankLinear) for module in model.modules()):
+            raise LoraSVDError(
+                f"param_ratio: got {config.param_ratio} for a model that is compact already, expected 1, which trains "
+                "a LoRA on it. To make it smaller still, give lora_svd.compact.densify(model) to get_peft_model"
+            )
         if not (config.inference_mode or config.compressed):
             _warn_of_fused_weights(model)
         self._trained.pop(adapter_name, None)
