@@ -2,9 +2,9 @@
 
 A layer ``y = W x`` with a bypass ``s B A x`` shows x in its forward pass and ``g = dL/dy`` in its backward pass, so
 everything here is collected in the backward pass of the wrapped layer: once a token, whatever gradient checkpointing
-repeats. A token is observed if its g is not zero: what cannot change the loss (padding, a label that is ignored, the
-query of a first token) has no say in what matters. g is taken as autograd gives it; its scale (mean over tokens,
-gradient accumulation) is common to all layers and drops out.
+repeats. A token is observed if its g is finite and not zero: what cannot change the loss (padding, a label that is
+ignored, the query of a first token) has no say in what matters. g is taken as autograd gives it; its scale (mean over
+tokens, gradient accumulation) is common to all layers and drops out.
 
 A new statistic is one function and one registry line.
 """
@@ -210,7 +210,9 @@ def observe_tokens(x: Tensor, g: Tensor, shared: SharedGram) -> tuple[TokenObser
     source = x
     x = x.float().reshape(x.shape[0], -1, x.shape[-1])
     g = g.float().reshape(g.shape[0], -1, g.shape[-1])
-    observed = (g != 0).any(-1)
+    # What overflowed would spoil the sums for good. It is no secret: its gradients are not finite either.
+    observed = (g != 0).any(-1) & (x.sum(-1) + g.sum(-1)).isfinite()
     shared.bind(source, observed)
     counts = {"token": observed.sum(), "sample": observed.any(-1).sum()}
-    return TokenObservation(x.where(observed[..., None], 0.0), g, shared), counts
+    x, g = (values.where(observed[..., None], 0.0) for values in (x, g))
+    return TokenObservation(x, g, shared), counts
