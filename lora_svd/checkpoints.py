@@ -1,8 +1,8 @@
 """Which files, and which checkpoints of a Trainer run, are as they were saved.
 
 Trainer writes a checkpoint file by file and deletes old ones file by file. A kill, a full disk or a power cut leaves
-folders that look like checkpoints, and ``resume_from_checkpoint=True`` takes the newest. So the last thing that
-``LoraSVDCallback`` writes into a checkpoint are the checksums of its files, and only one that has them counts.
+folders that look like checkpoints, and ``resume_from_checkpoint=True`` takes the newest and fails, or goes on without
+what is missing. ``LoraSVDCallback`` therefore writes the checksums of its files into every checkpoint.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from .errors import LoraSVDError
@@ -41,20 +42,20 @@ def seal(checkpoint: str | Path) -> None:
 
 
 def check_checkpoint(checkpoint: str | Path) -> None:
-    """Raise unless every file of a checkpoint is as it was sealed, to the bit.
+    """Raise unless a checkpoint was saved to its end and, if it is sealed, every file is what it was, to the bit.
 
     Raises:
         LoraSVDError: what is wrong with which file.
     """
     folder = Path(checkpoint)
+    name = CHECKSUMS if (folder / CHECKSUMS).exists() else TRAINER_STATE_NAME  # Trainer writes its state last
     try:
-        sealed = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        sealed = content if name == CHECKSUMS else {}
         changed = [name for name, digest in sealed.items() if checksum(folder / name) != digest]
         problem = f"{changed[0]} is not the file that was saved (SHA-256)" if changed else ""
-    except FileNotFoundError as error:
-        problem = f"{Path(error.filename).name} is missing, so it was not saved to its end, or without LoraSVDCallback"
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        problem = f"{CHECKSUMS} cannot be used: {error}"
+        problem = f"{name} cannot be read, so it was not saved to its end or is being deleted: {error}"
     if problem:
         raise LoraSVDError(f"{folder}: {problem}; resume from an earlier checkpoint")
 

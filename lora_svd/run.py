@@ -198,8 +198,8 @@ def _train(model: PreTrainedModel, blocks: Tensor, recipe: Recipe) -> tuple[Any,
         args=recipe.training,
         train_dataset=[{"input_ids": block, "labels": block} for block in blocks],  # pyright: ignore[reportArgumentType] - any sized sequence will do
     )
-    # Before those that report, so that they get the size that it adds to the log.
-    trainer.callback_handler.callbacks.insert(0, LoraSVDCallback())
+    # Before those that report, so that they get the size that it adds to the log; after the one that controls the run.
+    trainer.callback_handler.callbacks.insert(1, LoraSVDCallback())
     resume = recipe.training.resume_from_checkpoint
     if resume == "last":
         resume = last_whole_checkpoint(recipe.training.output_dir or ".")
