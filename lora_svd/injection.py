@@ -29,7 +29,7 @@ from .decompositions import Factors
 from .errors import LoraSVDError
 from .layer import LoraSVDLinear
 from .peft_type import PREFIX
-from .statistics import SharedGram
+from .statistics import COUNTS, STATISTICS, SharedGram
 
 
 class InjectedModel(BaseTuner):
@@ -130,12 +130,15 @@ class InjectedModel(BaseTuner):
             for name, layer in layers.items()
             if adapter_name in layer.lora_svd_A
         }
-        for layer in known.values():
-            layer.reset_state(adapter_name)
+        saved: dict[str, dict[str, Tensor]] = {name: {} for name in known}
         for key, tensor in state_dict.items():
             module_name, _, attribute = key.rpartition(".")
-            layer = known.get(module_name.removeprefix("base_model.model."))
-            if layer is not None:
+            saved.get(module_name.removeprefix("base_model.model."), {})[attribute] = tensor
+        for name, layer in known.items():
+            _check_saved(name, layer, adapter_name, saved[name])
+        for name, layer in known.items():
+            layer.reset_state(adapter_name)
+            for attribute, tensor in saved[name].items():
                 layer.allocate_state(adapter_name, attribute, tensor, trainable=config.trains_factors)
         tuner = next((module for module in model.modules() if isinstance(module, cls)), None)
         given = {} if tuner is None else tuner._given_ranks
@@ -164,6 +167,31 @@ class InjectedModel(BaseTuner):
                 f"adapter_names: {list(names)} are {len(names)} adapters; a compact model is made from one"
             )
         return names[0]
+
+
+def _check_saved(name: str, layer: LoraSVDLinear, adapter_name: str, saved: Mapping[str, Tensor]) -> None:
+    """Raise if the tensors that an adapter has for a layer are not all there, or of another shape."""
+    needed = {"A", "B"} | ({"left", "right"} if {PREFIX + "left", PREFIX + "right"} & saved.keys() else set())
+    missing = [PREFIX + part for part in sorted(needed) if PREFIX + part not in saved]
+    if missing:
+        raise LoraSVDError(f"{name}.{missing[0]}: missing in this adapter, or under another name; get its file again")
+    out_features, in_features = layer.out_features, layer.in_features
+    rank = min(saved[PREFIX + "right"].shape[:1], default=0) if "left" in needed else 0
+    expected = {
+        "A": (layer.r[adapter_name], in_features),
+        "B": (out_features, layer.r[adapter_name]),
+        "left": (out_features, rank),
+        "right": (rank, in_features),
+        "counts": (len(COUNTS),),
+        **{statistic: kind.shape(out_features, in_features) for statistic, kind in STATISTICS.items()},
+    }
+    for part, shape in expected.items():
+        found = saved.get(PREFIX + part)
+        if found is not None and tuple(found.shape) != shape:
+            raise LoraSVDError(
+                f"{name}.{PREFIX}{part}: has shape {tuple(found.shape)} in this adapter, expected {shape}; load it "
+                "into the model it was trained on, with its own adapter_config.json"
+            )
 
 
 def _is_quantized_linear(module: nn.Module) -> bool:

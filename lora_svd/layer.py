@@ -31,6 +31,8 @@ _FACTORS = ("left", "right")
 # gradient's, moves them less than it moves the bypass: 2.5e-4 of their unit at a learning rate of 1e-3. A power of 2,
 # so that scaling rounds nothing.
 _FACTOR_SCALE = 4.0
+# The config of an adapter may come from anywhere; it cannot have more memory than the model gives reason for.
+_WIDEST_BYPASS = 1024
 
 
 class LoraSVDLinear(nn.Module, BaseTunerLayer):
@@ -89,8 +91,9 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
     ) -> None:
         """Add an adapter. ``key`` is the module's name in ``config.compact_ranks``."""
         r = config.r if r is None else r
-        if r < 1:
-            raise LoraSVDError(f"r: got {r} for module {key}, expected a positive integer; see r and rank_pattern")
+        most = max(self.in_features, self.out_features, _WIDEST_BYPASS)
+        if not 1 <= r <= most:
+            raise LoraSVDError(f"r: got {r} for module {key}, expected an integer in [1, {most}]; see rank_pattern")
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = config.lora_alpha if lora_alpha is None else lora_alpha
         self.scaling[adapter_name] = self.lora_alpha[adapter_name] / r
@@ -228,7 +231,8 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
         if names:
             tensors = (t.detach().float() for t in (self.dense_weight(), A, B, A.grad, B.grad))
             grams, counts = self._state("input_gram"), self._state("counts")
-            gram = grams[adapter_name] / counts[adapter_name][COUNTS.index("token")] if adapter_name in grams else None
+            tokens = counts[adapter_name][COUNTS.index("token")].clamp(min=1) if adapter_name in grams else 1
+            gram = grams[adapter_name] / tokens if adapter_name in grams else None
             step = StepObservation(*tensors, scaling=self.scaling[adapter_name], input_gram=gram)
             with torch.autocast(device_type=A.device.type, enabled=False):
                 for name in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -67,7 +68,12 @@ class PhasedModel(InjectedModel):
         return super()._unload_and_optionally_merge(*args, **kwargs)  # pyright: ignore[reportReturnType]
 
     def update_and_allocate(
-        self, global_step: int, total_steps: int | None = None, optimizer: torch.optim.Optimizer | None = None
+        self,
+        global_step: int,
+        total_steps: int | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        scaled: bool = False,
     ) -> None:
         """One step of the method. Call it after the backward pass and before ``optimizer.step()``.
 
@@ -78,9 +84,12 @@ class PhasedModel(InjectedModel):
             global_step: optimizer steps done so far, 0 in the first call.
             total_steps: length of the run; ``LoraSVDConfig.total_steps`` if not given.
             optimizer: with ``train_factors``, the optimizer that trains the bypass; it is given the factors as well.
+            scaled: a ``GradScaler`` is in use (float16) and skips steps with gradients that are not finite; such a step
+                is then not observed, with a warning, instead of being an error.
 
         Raises:
-            NumericalError: a gradient or a statistic is not finite.
+            NumericalError: a gradient or a statistic is not finite. What was observed before is whole: a caller may
+                drop the step and go on.
         """
         for adapter_name in self.active_adapters:
             config = self._config(adapter_name)
@@ -91,11 +100,11 @@ class PhasedModel(InjectedModel):
                 self._check_budget(adapter_name)
             layers = dict(self._tuner_layers(adapter_name))
             self._trained.pop(adapter_name, None)  # the optimizer is about to change the factors
-            _check_gradients(layers, adapter_name, global_step)
             if global_step == 0:
                 check_called(layers, adapter_name)
-            for layer in layers.values():
-                layer.observe_step(adapter_name)
+            if _gradients_are_finite(layers, adapter_name, global_step, scaled=scaled):
+                for layer in layers.values():
+                    layer.observe_step(adapter_name)
             budget = schedule.budget(global_step)
             if budget is not None:
                 self._compress(adapter_name, budget)
@@ -223,8 +232,10 @@ def _switched_off(layers: list[LoraSVDLinear]) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def _check_gradients(layers: Mapping[str, LoraSVDLinear], adapter_name: str, global_step: int) -> None:
-    """Raise if a gradient of the bypass is not finite, before it is used; one transfer for all layers."""
+def _gradients_are_finite(
+    layers: Mapping[str, LoraSVDLinear], adapter_name: str, global_step: int, *, scaled: bool
+) -> bool:
+    """Raise, or warn if ``scaled``, if a gradient of the bypass is not finite; one transfer for all layers."""
     sums = {
         name: gradient.float().sum()
         for name, layer in layers.items()
@@ -239,7 +250,12 @@ def _check_gradients(layers: Mapping[str, LoraSVDLinear], adapter_name: str, glo
     finite = torch.stack([value.to("cpu", non_blocking=True) for value in sums.values()]).isfinite()
     if not bool(finite.all()):
         name = next(name for name, ok in zip(sums, finite.tolist(), strict=True) if not ok)
-        raise NumericalError(
-            f"{name}: the gradient of the LoRA bypass is not finite at step {global_step}; a batch gave a non-finite "
-            "loss. Lower the learning rate, look at the data, or train in float32 or bfloat16"
-        )
+        found = f"{name}: the gradient of the LoRA bypass is not finite at step {global_step}"
+        if not scaled:
+            raise NumericalError(
+                f"{found}; a batch gave a non-finite loss, as one without any label does. Lower the learning rate, "
+                "look at the data, or train in float32 or bfloat16"
+            )
+        warnings.warn(f"{found}, which the gradient scaler skips; the step is not observed", stacklevel=3)
+        return False
+    return True

@@ -27,6 +27,7 @@ from transformers import (
     set_seed,
 )
 
+from .checkpoints import last_whole_checkpoint
 from .compact import parameter_report, save_compact
 from .errors import LoraSVDError
 from .evaluation import Perplexity, perplexity, token_blocks
@@ -79,7 +80,7 @@ def _compress(recipe: Recipe, say: Callable[[str], None], messages: Messages) ->
         compact = _measure(model, tokenizer, eval_text, run)
         say(f"perplexity of the compact model: {compact.perplexity}")
     with clock("save"):
-        _save(model, tokenizer, folder)
+        save_compact(model, folder, tokenizer)
     with clock("reload and evaluate"):
         reloaded = _evaluate_in_new_process(folder, recipe)
     with clock("report"):
@@ -122,11 +123,12 @@ def load_model(
     if dtype not in DTYPES:
         raise LoraSVDError(f"dtype: unknown value {dtype!r}, expected one of {sorted(DTYPES)}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        safe: Any = {"trust_remote_code": False}  # without it transformers asks, where there is a terminal
+        tokenizer = AutoTokenizer.from_pretrained(name, **safe)
         # bitsandbytes quantizes where the weights are loaded to, and 8-bit models cannot be moved
         quantized = {"device_map": {"": device}, "quantization_config": quantization_config}
         options: Any = quantized if quantization_config else {}
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **safe, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise LoraSVDError(f"model: cannot load {name!r}: {error}") from error
     return tokenizer, model if quantization_config else model.to(device)
@@ -196,19 +198,13 @@ def _train(model: PreTrainedModel, blocks: Tensor, recipe: Recipe) -> tuple[Any,
         args=recipe.training,
         train_dataset=[{"input_ids": block, "labels": block} for block in blocks],  # pyright: ignore[reportArgumentType] - any sized sequence will do
     )
-    # Before those that report, so that they get the size that it adds to the log.
-    trainer.callback_handler.callbacks.insert(0, LoraSVDCallback())
-    trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
+    # Before those that report, so that they get the size that it adds to the log; after the one that controls the run.
+    trainer.callback_handler.callbacks.insert(1, LoraSVDCallback())
+    resume = recipe.training.resume_from_checkpoint
+    if resume == "last":
+        resume = last_whole_checkpoint(recipe.training.output_dir or ".")
+    trainer.train(resume_from_checkpoint=resume)
     return tuned, trainer.state
-
-
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    try:
-        save_compact(model, folder, tokenizer)
-    except (OSError, SafetensorError) as error:
-        raise LoraSVDError(
-            f"output_dir: cannot save to {folder}: {error}; an earlier model there is untouched"
-        ) from error
 
 
 def _evaluate_in_new_process(folder: Path, recipe: Recipe) -> Perplexity:

@@ -2,9 +2,9 @@
 
 A layer ``y = W x`` with a bypass ``s B A x`` shows x in its forward pass and ``g = dL/dy`` in its backward pass, so
 everything here is collected in the backward pass of the wrapped layer: once a token, whatever gradient checkpointing
-repeats. A token is observed if its g is not zero: what cannot change the loss (padding, a label that is ignored, the
-query of a first token) has no say in what matters. g is taken as autograd gives it; its scale (mean over tokens,
-gradient accumulation) is common to all layers and drops out.
+repeats. A token is observed if its g is finite and not zero: what cannot change the loss (padding, a label that is
+ignored, the query of a first token) has no say in what matters. g is taken as autograd gives it; its scale (mean over
+tokens, gradient accumulation) is common to all layers and drops out.
 
 A new statistic is one function and one registry line.
 """
@@ -41,7 +41,7 @@ class TokenObservation:
 
     @cached_property
     def g(self) -> Tensor:
-        return self.gradients.float()
+        return self.gradients.float().where(self.observed[..., None], 0.0)
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,9 @@ def observe_tokens(x: Tensor, g: Tensor, shared: SharedGram) -> tuple[TokenObser
     source = x
     x = x.reshape(x.shape[0], -1, x.shape[-1])
     g = g.reshape(g.shape[0], -1, g.shape[-1])
-    observed = g.abs().sum(-1) != 0
+    size = g.abs().sum(-1, dtype=torch.float32)
+    # What overflowed would spoil the sums for good. It is no secret: its gradients are not finite either.
+    observed = (size != 0) & (size + x.sum(-1, dtype=torch.float32)).isfinite()
     shared.bind(source, observed)
     counts = {"token": observed.sum(), "sample": observed.any(-1).sum()}
     return TokenObservation(x, g, observed, shared), counts

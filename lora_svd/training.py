@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
+from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .checkpoints import seal
 from .errors import LoraSVDError
 from .model import LoraSVDModel
 
@@ -39,9 +43,24 @@ class LoraSVDCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
+        if state.global_step >= state.max_steps:  # Trainer takes one step too many if a finished run is resumed
+            cast(nn.Module, model).zero_grad()
+            return
         optimizer = kwargs["optimizer"]  # accelerate wraps the one that owns the parameter groups
+        scaled = getattr(optimizer, "scaler", None) is not None
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        find_tuner(model).update_and_allocate(state.global_step, state.max_steps, optimizer)
+        find_tuner(model).update_and_allocate(state.global_step, state.max_steps, optimizer, scaled=scaled)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Save nothing after the last step of the run."""
+        control.should_save &= state.global_step <= state.max_steps
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write the checksums by which damage to a checkpoint is found."""
+        PartialState().wait_for_everyone()
+        folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():  # a search for hyperparameters saves elsewhere
+            seal(folder)
 
     def on_log(
         self,

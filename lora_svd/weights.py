@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .compact import LowRankLinear, keep_unpacked, stored_weight
+from .compact.checks import check_inside
 from .compact.loader import spellings
 from .compact.stored import full_precision, is_quantized
 from .errors import LoraSVDError
@@ -166,7 +167,7 @@ class _Tensors:
 
     def _open(self, name: str) -> Any:
         try:
-            return safe_open(self._folder / name, framework="pt")
+            return safe_open(check_inside(self._folder / name, self._folder), framework="pt")
         except (OSError, SafetensorError) as error:
             raise LoraSVDError(f"model: cannot read {self._folder / name}: {error}") from error
 

@@ -8,11 +8,9 @@ package makes dense layers, whose ``weight`` has another shape than the marker i
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -21,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..allocation import FACTOR_FORMATS
 from ..errors import LoraSVDError
+from .checks import check_tensors, saved_shapes
 from .low_rank import LowRankLinear
 from .quantized import empty_quantized, inner_quantizer, keep_unpacked, quantized_names
 
@@ -38,6 +37,7 @@ class LoraSVDCompactConfig(QuantizationConfigMixin):
         method: how it was made: importance, allocation, compensation.
         bitsandbytes: a ``BitsAndBytesConfig`` as a dict, if some weights are quantized.
         quantized: names of the linear layers, factors included, whose weights are.
+        checksums: SHA-256 of the weights' files by name, if ``save_compact`` wrote them; checked while loading.
         format_version: of the layout of the tensors.
     """
 
@@ -50,6 +50,7 @@ class LoraSVDCompactConfig(QuantizationConfigMixin):
         method: Mapping[str, Any] | None = None,
         bitsandbytes: Mapping[str, Any] | None = None,
         quantized: Iterable[str] = (),
+        checksums: Mapping[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
         **_: Any,
     ) -> None:
@@ -62,6 +63,12 @@ class LoraSVDCompactConfig(QuantizationConfigMixin):
             raise LoraSVDError(
                 f"factor_format: unknown value {factor_format!r}, expected one of {sorted(FACTOR_FORMATS)}"
             )
+        _check_types(
+            ranks,
+            quantized,
+            counts={"dense_parameters": dense_parameters, "tied_parameters": tied_parameters},
+            mappings={"method": method, "bitsandbytes": bitsandbytes, "checksums": checksums},
+        )
         self.quant_method: Any = "lora_svd"
         self.ranks = dict(ranks or {})
         self.factor_format = factor_format
@@ -70,6 +77,7 @@ class LoraSVDCompactConfig(QuantizationConfigMixin):
         self.method = dict(method or {})
         self.bitsandbytes = dict(bitsandbytes) if bitsandbytes else None
         self.quantized = list(quantized)
+        self.checksums = dict(checksums or {})
         self.format_version = format_version
 
 
@@ -108,21 +116,28 @@ class LoraSVDCompactQuantizer(HfQuantizer):
     ) -> None:
         config = self.quantization_config
         packed = {f"{name}.weight" for name in config.quantized}
-        shapes = {key: shape for key, shape in _saved_shapes(checkpoint_files or []).items() if key not in packed}
-        _check_ranks(config.ranks, shapes, model.base_model_prefix + ".")
+        shapes = saved_shapes(checkpoint_files or [], model.name_or_path, config.checksums)
+        prefix = model.base_model_prefix + "."
+        plain = {key: shape for key, shape in shapes.items() if key not in packed}
+        _check_ranks(config.ranks, plain, prefix)
         for saved_name, rank in config.ranks.items():
             name, dense = _find(model, saved_name)
             untie(model, name)
+            if len(plain.get(f"{saved_name}.weight", ())) == 2:  # stored dense, maybe for a head of another size
+                continue
             _replace(model, name, dense, rank, config.factor_format)
         for saved_name in config.quantized:
             name, linear = _find(model, saved_name)
             if isinstance(linear, nn.Linear | Conv1D):
                 model.set_submodule(name, empty_quantized(linear, cast(Any, self._inner).quantization_config))
+        if checkpoint_files:
+            check_tensors(model, shapes, packed)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         # Without quantized weights nothing is: casting, training and PEFT treat the model like any other.
         mark(model, None if self._inner is None else self)
         keep_unpacked(model)
+        model.config.quantization_config.checksums = {}  # of files that were read; the model may now change
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -133,14 +148,19 @@ class LoraSVDCompactQuantizer(HfQuantizer):
         return True
 
 
-def _saved_shapes(files: list[str]) -> dict[str, list[int]]:
-    """Shape of every tensor in safetensors files, none of which is read."""
-    shapes = {}
-    for path in files:
-        if Path(path).suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - no mapping
-    return shapes
+def _check_types(ranks: Any, quantized: Any, counts: Mapping[str, Any], mappings: Mapping[str, Any]) -> None:
+    """Raise unless the fields of a config.json, which may come from anywhere, have their types."""
+    for field, value in {"ranks": ranks, **mappings}.items():
+        if not isinstance(value, Mapping | None):
+            raise LoraSVDError(f"{field}: this compact checkpoint gives {value!r}, expected a mapping")
+    for field, value in counts.items():
+        if type(value) is not int or value < 0:
+            raise LoraSVDError(f"{field}: this compact checkpoint gives {value!r}, expected an integer >= 0")
+    for name, rank in (ranks or {}).items():
+        if type(rank) is not int or rank < 1:
+            raise LoraSVDError(f"{name}: the compact checkpoint gives rank {rank!r}, expected a positive integer")
+    if isinstance(quantized, str) or not all(isinstance(name, str) for name in quantized):
+        raise LoraSVDError(f"quantized: this compact checkpoint gives {quantized!r}, expected a list of module names")
 
 
 def _check_ranks(ranks: Mapping[str, int], shapes: Mapping[str, list[int]], prefix: str) -> None:
@@ -183,11 +203,17 @@ def _replace(model: PreTrainedModel, name: str, dense: nn.Module, rank: int, fac
         in_features, out_features = dense.nx, dense.nf
     elif isinstance(dense, nn.Linear):
         in_features, out_features = dense.in_features, dense.out_features
-    else:
+    elif isinstance(dense, nn.Identity):  # stands for a head that this class of model does not have
         return
-    if not isinstance(rank, int) or rank < 1:
-        raise LoraSVDError(f"{name}: the compact checkpoint gives rank {rank!r}, expected a positive integer")
-    if rank >= min(in_features, out_features):
+    else:
+        raise LoraSVDError(
+            f"{name}: named in this compact checkpoint's ranks, but it is {type(dense).__name__}, expected a linear "
+            "layer. Load it with the class it was saved from"
+        )
+    full_rank = min(in_features, out_features)
+    if rank > full_rank:
+        raise LoraSVDError(f"{name}: the compact checkpoint gives rank {rank}, expected at most {full_rank}")
+    if rank == full_rank:
         return
     with torch.device("meta"):
         new = LowRankLinear(

@@ -1,37 +1,61 @@
-"""Saving of a compact model so that a kill or a full disk loses nothing."""
+"""Saving of a compact model so that a kill or a full disk loses nothing, and damage is found when it is loaded."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checkpoints import checksums
 from ..errors import LoraSVDError
 from .card import compact_card
 from .report import parameter_report
 
 
 def save_compact(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """``save_pretrained``, and a model card, into a new folder that takes the place of an old one when it is complete.
+    """``save_pretrained``, checksums and a model card, in a new folder that takes an old one's place when complete.
 
-    A full disk or a killed process leaves the previous checkpoint whole. Reload with
-    ``import lora_svd; AutoModelForCausalLM.from_pretrained(folder)``.
+    A full disk or a killed process leaves the previous checkpoint whole: in its place or, if killed between the two
+    renames, beside it as ``.FOLDER-old``, from where the next save puts it back. A killed save also leaves its
+    unfinished folder, ``.FOLDER-*.part``, which the next one names in a warning. Plain ``save_pretrained`` writes in
+    place.
+
+    Reload with ``import lora_svd; AutoModelForCausalLM.from_pretrained(folder)``. It compares the SHA-256 of the
+    weights' files with those in ``config.json`` (about 1 s for a gigabyte), so that a changed bit or a file of another
+    save is found; not a change of ``config.json`` itself, nor of a tokenizer. What was saved by plain
+    ``save_pretrained`` has no checksums: there only files that are cut off, and tensors that are missing or of another
+    shape, are found.
 
     Raises:
-        LoraSVDError: the folder holds something else than a model, which would be lost.
+        LoraSVDError: the folder holds something else than a model, which would be lost, or it cannot be written.
     """
-    folder = Path(folder).resolve()
+    folder = Path(folder).absolute()
+    try:
+        _save(model, folder, tokenizer)
+    except (OSError, SafetensorError) as error:
+        raise LoraSVDError(f"folder: cannot save to {folder}: {error}; an earlier model there is untouched") from error
+
+
+def _save(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
+    folder = folder.resolve()
     old = folder.with_name(f".{folder.name}-old")
     if old.exists() and not folder.exists():  # a process was killed just before it put the new one in place
         old.rename(folder)
     if folder.exists() and not (folder / "config.json").exists() and (folder.is_file() or any(folder.iterdir())):
         raise LoraSVDError(f"folder: {folder} holds something else than a model (no config.json); name another folder")
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    left = [str(path) for path in folder.parent.glob(f".{folder.name}-????????.part")]
+    if left:
+        warnings.warn(f"{', '.join(left)}: left by a save that did not end; delete it", stacklevel=3)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".part", dir=folder.parent))
     try:
         model.save_pretrained(staging)
+        _add_checksums(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         card = compact_card(parameter_report(model), model.name_or_path or "", folder.name)
@@ -46,3 +70,12 @@ def save_compact(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrain
         if old.exists() and not folder.exists():
             old.rename(folder)
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _add_checksums(folder: Path) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    said = config.get("quantization_config", {})
+    if said.get("quant_method") == "lora_svd":
+        said["checksums"] = checksums(folder, folder.glob("*.safetensors"))
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

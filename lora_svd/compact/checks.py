@@ -1,0 +1,109 @@
+"""What is checked of a compact checkpoint before a tensor of it is read or memory is taken for one.
+
+safetensors sees to it that a file is as long as its header says. It does not know whether the bytes are those that were
+saved or all tensors are there; a missing one gets random numbers from transformers, which only its log tells.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from ..checkpoints import checksum
+from ..errors import LoraSVDError
+from .low_rank import LowRankLinear
+
+
+def check_inside(path: str | Path, folder: str | Path) -> Path:
+    """The path, if it is one of a safetensors file in the folder.
+
+    Raises:
+        LoraSVDError: it leads elsewhere, or to another kind of file, which might run code when it is read.
+    """
+    plain = Path(os.path.normpath(path))  # links are followed: in the cache of the Hub every file is one
+    if not plain.is_relative_to(os.path.normpath(folder)):
+        raise LoraSVDError(f"{path}: the checkpoint names a file outside of its folder {folder}; do not trust it")
+    if plain.suffix != ".safetensors":
+        raise LoraSVDError(f"{path}: weights are read from .safetensors files only; save with save_pretrained")
+    return plain
+
+
+def saved_shapes(files: Iterable[str], folder: str | None, checksums: Mapping[str, str]) -> dict[str, list[int]]:
+    """Shape of every tensor in a checkpoint's files, from their headers, once the files are known to be whole.
+
+    Args:
+        files: as transformers found them.
+        folder: of the checkpoint, if it is a local one.
+        checksums: SHA-256 of the files, by name, of those that have one.
+
+    Raises:
+        LoraSVDError: a file is elsewhere, of another kind, cut off, or not the one that was saved.
+    """
+    shapes = {}
+    for name in files:
+        path = check_inside(name, folder if folder and Path(folder).is_dir() else Path(name).parent)
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - no mapping
+        except (OSError, SafetensorError) as error:
+            raise LoraSVDError(f"{path}: cannot be read, {error}; get the file again") from error
+        if path.name in checksums and checksum(path) != checksums[path.name]:
+            raise LoraSVDError(
+                f"{path}: is not the file that was saved, its SHA-256 differs from the one in config.json. Get both "
+                "again; if the file was changed on purpose, take its checksum out of quantization_config"
+            )
+    return shapes
+
+
+def names_in_model(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """Name in the model of each saved tensor, and whether it is put together from several while it is loaded."""
+    changes = get_model_conversion_mapping(model)
+    converters = [change for change in changes if isinstance(change, WeightConverter)]
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    prefix, known = model.base_model_prefix, model.state_dict()
+    renamed = {key: rename_source_key(key, renamings, converters, prefix, known) for key in keys}
+    return {key: (name, pattern is not None) for key, (name, pattern) in renamed.items()}
+
+
+def check_tensors(model: PreTrainedModel, shapes: Mapping[str, list[int]], packed: Iterable[str]) -> None:
+    """Raise if a tensor of the (empty) model is not saved, or in another shape.
+
+    A model of the class that was saved needs all of its tensors, one of another class (a new head) those of
+    its low-rank layers. Shapes are compared except of ``packed`` tensors and of heads, for which there is
+    ``ignore_mismatched_sizes``.
+    """
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    names = names_in_model(model, shapes)
+    saved = {name for name, _ in names.values()}
+    ours = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LowRankLinear))
+    complete = type(model).__name__ in (model.config.architectures or ())
+    tied = {**model.all_tied_weights_keys, **{b: a for a, b in model.all_tied_weights_keys.items()}}
+    left_out = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
+    missing = [
+        name
+        for name in expected
+        if name not in saved
+        and (complete or name.startswith(ours))
+        and not (tied.get(name) in saved or any(re.search(pattern, name) for pattern in left_out))
+    ]
+    if missing:
+        unknown = sorted(key for key, (name, converted) in names.items() if name not in expected and not converted)
+        raise LoraSVDError(
+            f"{missing[0]}: missing in this compact checkpoint ({len(missing)} of {len(expected)} tensors are)"
+            f"{f'; it has {unknown[0]}, which the model does not' if unknown else ''}. Get its files again"
+        )
+    base = "" if model.base_model is model else model.base_model_prefix + "."
+    for key, (name, converted) in names.items():
+        compared = name in expected and name not in packed and not converted and name.startswith((base, *ours))
+        if compared and shapes[key] != expected[name]:
+            raise LoraSVDError(
+                f"{key}: has shape {shapes[key]} in this compact checkpoint, the model expects {expected[name]}; "
+                "restore the config.json that was saved with it"
+            )
