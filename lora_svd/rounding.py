@@ -8,7 +8,7 @@ from torch import Tensor
 from .linalg import metric_times, shrink
 
 BLOCK = 128  # columns whose errors are passed on to the rest by one matrix product
-_SHRINKAGE = 1e-2
+_SHRINKAGE = 0.1  # of X: with less, feedback trusts correlations that other text does not have
 _SPAN = torch.linspace(0.75, 1.15, 9, dtype=torch.float64)  # scales to try, in units of a block's largest magnitude
 
 

@@ -68,7 +68,7 @@ def test_refitted_left_is_the_least_squares_solution() -> None:
     left, right, gram = random(10, 4), random(4, 12, seed=4), correlated_gram(12)
     near = right + 0.1 * random(4, 12, seed=5)
     found = refit_left(left, right, near, gram)
-    shrunk = 0.99 * gram + 0.01 * gram.diagonal().mean() * torch.eye(12, dtype=torch.float64)
+    shrunk = 0.9 * gram + 0.1 * gram.diagonal().mean() * torch.eye(12, dtype=torch.float64)
     root = torch.linalg.cholesky(shrunk)
     expected = torch.linalg.lstsq((near @ root).T, (left @ right @ root).T).solution.T
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
