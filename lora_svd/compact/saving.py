@@ -11,13 +11,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import LoraSVDError
 from .card import compact_card
 from .report import parameter_report
+from .self_contained import write_code
 
 
-def save_compact(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+def save_compact(
+    model: PreTrainedModel,
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    self_contained: bool = False,
+) -> None:
     """``save_pretrained``, and a model card, into a new folder that takes the place of an old one when it is complete.
 
     A full disk or a killed process leaves the previous checkpoint whole. Reload with
-    ``import lora_svd; AutoModelForCausalLM.from_pretrained(folder)``.
+    ``import lora_svd; AutoModelForCausalLM.from_pretrained(folder)``; with ``self_contained`` also without this
+    package, by ``from_pretrained(folder, trust_remote_code=True)``, which runs the code that is then saved with it.
 
     Raises:
         LoraSVDError: the folder holds something else than a model, which would be lost.
@@ -32,6 +40,8 @@ def save_compact(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrain
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         model.save_pretrained(staging)
+        if self_contained:
+            write_code(model, staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         card = compact_card(parameter_report(model), model.name_or_path or "", folder.name)
