@@ -26,7 +26,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .compact import LowRankLinear, keep_unpacked, stored_weight
+from .compact import LowRankLinear, dense_weight, keep_unpacked, stored_weight
 from .compact.checks import check_inside
 from .compact.loader import spellings
 from .compact.stored import full_precision, is_quantized
@@ -59,7 +59,7 @@ def model_weights(model: nn.Module) -> dict[str, LayerWeight]:
         if name in low_rank:
             module = low_rank[name]
             shape = module.out_features, module.in_features
-            found[name] = LayerWeight(shape, module.rank, module.dense_weight)
+            found[name] = LayerWeight(shape, module.rank, partial(dense_weight, module))
         elif name.rpartition(".")[0] not in low_rank and not _is_tied(model, name) and _is_linear(module):
             found[name] = LayerWeight(_shape(module), None, partial(_module_weight, module))
     return found

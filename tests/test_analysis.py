@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lora_svd import LoraSVDError, NumericalError, analysis, weights
 from lora_svd.analysis import analyze_layer, depth_and_projection, feature_spectrum, summarize_entries, weight_spectrum
 from lora_svd.analyze import analyze_adapter, analyze_folder, analyze_model
-from lora_svd.compact import LowRankLinear
+from lora_svd.compact import LowRankLinear, dense_weight
 from lora_svd.compression import compute_spectra
 from lora_svd.weights import folder_weights, model_weights
 
@@ -187,7 +187,7 @@ class TestModels:
             assert found[name].shape == (module.out_features, module.in_features)
             # the product is taken in float64, so that it has no more singular values than the rank
             assert found[name].weight.singular_values[module.rank :].max() < 1e-6 * found[name].weight.largest
-            expected = float(module.double().dense_weight().detach().square().sum())
+            expected = float(dense_weight(module).square().sum())
             assert found[name].weight.energy == pytest.approx(expected, rel=1e-6)
 
     @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from lora_svd import LoraSVDError, NumericalError
-from lora_svd.compact import LowRankLinear, parameter_report, quantize_modules
+from lora_svd.compact import LowRankLinear, dense_weight, parameter_report, quantize_modules
 from lora_svd.compact import quantized as quantized_module
 from lora_svd.compact.stored import full_precision
 from lora_svd.html_report import bytes_by_part
@@ -159,7 +159,7 @@ def test_observed_inputs_make_the_rounding_better(dense: Path, tmp_path: Path) -
     gram = model.base_model.model.get_submodule(name).statistics("default").mean("input_gram")
 
     def weight(compact: nn.Module) -> torch.Tensor:
-        return compact.get_submodule(name).dense_weight().detach().double()
+        return dense_weight(compact.get_submodule(name))
 
     full: Any = model.merge_and_unload()
     again = PeftModel.from_pretrained(load(dense), str(tmp_path / "adapter"))

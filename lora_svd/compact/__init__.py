@@ -2,8 +2,9 @@
 
 from .card import compact_card
 from .dense import densify
+from .hub import push_compact
 from .loader import LoraSVDCompactConfig, LoraSVDCompactQuantizer, describe_compact, untie
-from .low_rank import LowRankLinear, compact_module, stored_weight
+from .low_rank import LowRankLinear, compact_module, dense_weight, stored_weight
 from .quantized import check_quantization, keep_unpacked, quantize_modules
 from .report import LayerReport, ParameterReport, parameter_report
 from .saving import save_compact
@@ -18,11 +19,13 @@ __all__ = [
     "check_quantization",
     "compact_card",
     "compact_module",
+    "dense_weight",
     "densify",
     "describe_compact",
     "keep_unpacked",
     "num_bytes",
     "parameter_report",
+    "push_compact",
     "quantize_modules",
     "save_compact",
     "stored_weight",

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..errors import LoraSVDError
 from .loader import mark
-from .low_rank import LowRankLinear, dense_module
+from .low_rank import LowRankLinear, dense_module, dense_weight
 from .quantized import keep_unpacked
 from .stored import full_precision, is_quantized
 
@@ -58,7 +58,7 @@ def _dense(module: nn.Module, like: nn.Module) -> nn.Module:
     """A module of the class of ``like`` with the weight, bias, type and device of ``module``."""
     given: Any = module
     if isinstance(module, LowRankLinear):
-        bias, weight = module.left.bias if module.bias is None else module.bias, module.dense_weight()
+        bias, weight = module.left.bias if module.bias is None else module.bias, dense_weight(module)
         weight = weight.to(given.weight.device, given.weight.dtype)
     else:
         bias, weight = given.bias, full_precision(module)

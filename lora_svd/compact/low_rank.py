@@ -1,4 +1,4 @@
-"""``LowRankLinear``: what takes the place of a linear layer in a compact model."""
+"""What takes the place of a linear layer in a compact model."""
 
 from __future__ import annotations
 
@@ -7,65 +7,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..decompositions import Factors, balance, pivot
+from .standalone import LowRankLinear
 from .stored import full_precision
 
 
-class LowRankLinear(nn.Module):
-    """``y = left(right(x)) + bias`` with a weight of rank k.
-
-    ``factor_format="factors"``: right is Linear(in, k), left is Linear(k, out) and has the bias.
-    ``factor_format="pivoted"``: right holds k rows of the weight, left the coefficients of the other rows,
-    Linear(k, out - k), and ``order`` (out,) says where each output is found; ``k (in + out) - k^2`` parameters.
-
-    Both are exact ``nn.Linear``, so that quantizers and LoRA find them. ``weight`` is one number and no weight: its
-    shape contradicts the dense layer's, so that a loader that does not know this class fails instead of keeping the
-    random weights it made.
-    """
-
-    bias: nn.Parameter | None
-    order: Tensor
-    weight: Tensor
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        bias: bool,
-        factor_format: str,
-        dtype: torch.dtype | None,
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.factor_format = factor_format
-        self.right = nn.Linear(in_features, rank, bias=False, dtype=dtype)
-        if factor_format == "pivoted":
-            self.left = nn.Linear(rank, out_features - rank, bias=False, dtype=dtype)
-            self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, dtype=dtype)) if bias else None)
-            self.register_buffer("order", torch.arange(out_features, dtype=torch.int32))
-        else:
-            self.left = nn.Linear(rank, out_features, bias=bias, dtype=dtype)
-            self.register_parameter("bias", None)
-        self.register_buffer("weight", torch.zeros(1, dtype=dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.right(x)
-        if self.factor_format == "factors":
-            return self.left(hidden)
-        result = torch.cat([hidden, self.left(hidden)], dim=-1).index_select(-1, self.order)
-        return result if self.bias is None else result + self.bias
-
-    def dense_weight(self) -> Tensor:
-        """The weight (out, in) that this layer stands for, float64 on the CPU: rounded, it would have full rank."""
-        left, right = (full_precision(layer).detach().cpu().double() for layer in (self.left, self.right))
-        return stored_weight(left, right, self.order.cpu() if self.factor_format == "pivoted" else None)
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"factor_format={self.factor_format!r}"
-        )
+def dense_weight(module: LowRankLinear) -> Tensor:
+    """The weight (out, in) that a layer stands for, float64 on the CPU: rounded, it would have full rank."""
+    left, right = (full_precision(layer).detach().cpu().double() for layer in (module.left, module.right))
+    return stored_weight(left, right, module.order.cpu() if module.factor_format == "pivoted" else None)
 
 
 def stored_weight(left: Tensor, right: Tensor, order: Tensor | None) -> Tensor:

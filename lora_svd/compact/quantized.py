@@ -19,7 +19,7 @@ from transformers.utils.import_utils import is_bitsandbytes_available
 from ..errors import LoraSVDError, NumericalError, in_module
 from ..linalg import Metrics, metric_times
 from ..rounding import fit_scales, mix, refit_left, round_weight
-from .low_rank import LowRankLinear
+from .low_rank import LowRankLinear, dense_weight
 from .stored import full_precision, is_quantized
 
 BLOCK = 64  # numbers with one scale
@@ -109,7 +109,7 @@ def _quantize_factors(module: LowRankLinear, config: BitsAndBytesConfig, metrics
     dtype, bias, padding = module.left.weight.dtype, _bias(module.left), -module.rank % BLOCK
     rank = module.rank + padding
     if rank * (module.in_features + module.out_features) >= module.in_features * module.out_features:
-        weight = module.dense_weight().to(module.left.weight.device, dtype)
+        weight = dense_weight(module).to(module.left.weight.device, dtype)
         return _quantized(weight, config, metrics.column, bias)
     left, right = (factor.weight.detach().cpu().double() for factor in (module.left, module.right))
     left, right = mix(nn.functional.pad(left, (0, padding)), nn.functional.pad(right, (0, 0, 0, padding)))

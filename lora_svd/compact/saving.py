@@ -15,9 +15,16 @@ from ..checkpoints import checksums
 from ..errors import LoraSVDError
 from .card import compact_card
 from .report import parameter_report
+from .self_contained import write_code
 
 
-def save_compact(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+def save_compact(
+    model: PreTrainedModel,
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    self_contained: bool = False,
+) -> None:
     """``save_pretrained``, checksums and a model card, in a new folder that takes an old one's place when complete.
 
     A full disk or a killed process leaves the previous checkpoint whole: in its place or, if killed between the two
@@ -25,7 +32,9 @@ def save_compact(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrain
     unfinished folder, ``.FOLDER-*.part``, which the next one names in a warning. Plain ``save_pretrained`` writes in
     place.
 
-    Reload with ``import lora_svd; AutoModelForCausalLM.from_pretrained(folder)``. It compares the SHA-256 of the
+    Reload with ``import lora_svd; AutoModelForCausalLM.from_pretrained(folder)``; with ``self_contained`` also without
+    this package, by ``from_pretrained(folder, trust_remote_code=True)``, which runs the code that is then saved with
+    it and compares no checksums. With this package it compares the SHA-256 of the
     weights' files with those in ``config.json`` (about 1 s for a gigabyte), so that a changed bit or a file of another
     save is found; not a change of ``config.json`` itself, nor of a tokenizer. What was saved by plain
     ``save_pretrained`` has no checksums: there only files that are cut off, and tensors that are missing or of another
@@ -36,12 +45,14 @@ def save_compact(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrain
     """
     folder = Path(folder).absolute()
     try:
-        _save(model, folder, tokenizer)
+        _save(model, folder, tokenizer, self_contained)
     except (OSError, SafetensorError) as error:
         raise LoraSVDError(f"folder: cannot save to {folder}: {error}; an earlier model there is untouched") from error
 
 
-def _save(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def _save(
+    model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, self_contained: bool
+) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()
     old = folder.with_name(f".{folder.name}-old")
@@ -55,6 +66,8 @@ def _save(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBa
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".part", dir=folder.parent))
     try:
         model.save_pretrained(staging)
+        if self_contained:
+            write_code(model, staging)
         _add_checksums(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)

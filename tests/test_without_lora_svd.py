@@ -1,20 +1,34 @@
-"""A compact model becomes a plain dense one that loads where this package is not installed."""
+"""Where this package is not installed: a plain dense model, or a folder with its own code."""
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from models import ARCHITECTURES, LLAMA, assert_plain, linear_sizes, logits, make_trainer, settings, tensors, trained
+from models import (
+    ARCHITECTURES,
+    LLAMA,
+    assert_bit_equal,
+    assert_plain,
+    linear_sizes,
+    logits,
+    make_trainer,
+    settings,
+    tensors,
+    trained,
+)
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lora_svd import LoraSVDError
-from lora_svd.compact import densify, keep_unpacked, parameter_report
+from lora_svd.compact import dense_weight, densify, keep_unpacked, parameter_report, save_compact
 
 PLAIN_PROCESS = """
 import sys
@@ -22,37 +36,76 @@ sys.modules["lora_svd"] = None  # as if it were not installed
 import torch, transformers
 for folder, name in zip(sys.argv[1::2], sys.argv[2::2]):
     saved = torch.load(folder + "-logits", weights_only=True)
-    model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
-    with torch.no_grad():
-        found = model.eval()(**saved["inputs"]).logits.float()
-    print(torch.allclose(found, saved["logits"], rtol=1e-6, atol=1e-6), any(info.values()), sep="/")
+    for path in (folder, folder + "-again"):
+        load = getattr(transformers, name).from_pretrained
+        model, info = load(path, output_loading_info=True, trust_remote_code=name.startswith("Auto"))
+        with torch.no_grad():
+            found = model.eval()(**saved["inputs"]).logits.float()
+        print(torch.allclose(found, saved["logits"], rtol=1e-6, atol=1e-6), any(info.values()), sep="/")
+        model.save_pretrained(folder + "-again")
 """
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-def test_loads_where_this_package_is_not_installed(tmp_path: Path) -> None:
+def test_loads_and_saves_in_another_process(tmp_path: Path) -> None:
     """With other kinds of layers than Linear, and with a head that was tied to the embedding."""
     arguments = []
     for name in ("llama", "gpt2", "t5"):
         architecture = ARCHITECTURES[name]
-        heads = {} if name == "gpt2" else {"target_modules": [r"q_proj", "q", "lm_head"], "param_ratio": 0.8}
-        compact = trained(tmp_path / "run", architecture, factor_format="factors", **heads).merge_and_unload()
-        dense = densify(compact)
-        dense.save_pretrained(tmp_path / name)
-        saved = {"inputs": architecture.inputs(), "logits": logits(dense, architecture)}
-        torch.save(saved, tmp_path / f"{name}-logits")
-        arguments += [str(tmp_path / name), architecture.model.__name__]
+        heads = {} if name == "gpt2" else {"target_modules": ["q_proj", "q", "lm_head"], "param_ratio": 0.8}
+        form = "pivoted" if name == "gpt2" else "factors"
+        compact = trained(tmp_path / "run", architecture, factor_format=form, **heads).merge_and_unload()
+        auto = "AutoModelForSeq2SeqLM" if name == "t5" else "AutoModelForCausalLM"
+        save_compact(compact, tmp_path / f"{name}-compact", self_contained=True)
+        saved = {"inputs": architecture.inputs(), "logits": logits(compact, architecture)}
+        torch.save(saved, tmp_path / f"{name}-compact-logits")
+        densify(compact).save_pretrained(tmp_path / f"{name}-dense")
+        torch.save({**saved, "logits": logits(compact, architecture)}, tmp_path / f"{name}-dense-logits")
+        arguments += [tmp_path / f"{name}-compact", auto, tmp_path / f"{name}-dense", architecture.model.__name__]
     command = [sys.executable, "-W", "ignore", "-c", PLAIN_PROCESS, *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["True/False"] * 3, done.stderr
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["True/False"] * 12, done.stderr
+
+
+def test_folder_with_code_where_the_package_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    compact = trained(tmp_path / "run").merge_and_unload()
+    save_compact(compact, tmp_path / "compact", self_contained=True)
+    auto_map = json.loads((tmp_path / "compact" / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModelForCausalLM"] == "modeling_compact.CompactLlamaForCausalLM"
+    for trusted, kind in ((False, "LlamaForCausalLM"), (True, "CompactLlamaForCausalLM")):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "compact", trust_remote_code=trusted)
+        assert type(model).__name__ == kind
+        assert_bit_equal(tensors(model), tensors(compact))
+        assert torch.equal(logits(model), logits(compact))
+        assert parameter_report(model) == parameter_report(compact)
+
+
+def test_what_cannot_be_self_contained(tmp_path: Path) -> None:
+    class Other(LLAMA.model):
+        pass
+
+    save = partial(save_compact, folder=tmp_path / "model", self_contained=True)
+    with pytest.raises(LoraSVDError, match="self_contained: got one that is not compact"):
+        save(LLAMA.build())
+    compact = trained(tmp_path / "run").merge_and_unload()
+    compact.config.quantization_config.quantized = ["model.layers.0.mlp.up_proj"]
+    with pytest.raises(LoraSVDError, match="self_contained: got a model in 4 or 8 bits"):
+        save(compact)
+    compact.config.quantization_config.quantized = []
+    compact.__class__ = Other
+    with pytest.raises(LoraSVDError, match="self_contained: got Other, expected a class of transformers"):
+        save(compact)
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_weights_are_the_rounded_products(dtype: torch.dtype, tmp_path: Path) -> None:
     compact = trained(tmp_path).merge_and_unload().to(dtype).train()
     report = parameter_report(compact)
-    exact = {name: compact.get_submodule(name).dense_weight() for name in report.layers}
+    exact = {name: dense_weight(compact.get_submodule(name)) for name in report.layers}
     others = {name: value for name, value in tensors(compact).items() if name.rpartition(".")[0] not in exact}
     compact.model.layers[0].mlp.up_proj.requires_grad_(False)
     dense = densify(compact)
