@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
@@ -15,6 +18,41 @@ from .importance import IMPORTANCES
 from .peft_type import LORA_SVD
 
 COMPENSATIONS = ("absorb", "keep")
+
+
+@dataclass(frozen=True)
+class _Number:
+    """A kind of number: neither a bool nor infinite, and accepted by ``accept``."""
+
+    type: type
+    accept: Callable[[Any], bool]
+    expected: str
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise unless ``value`` is one; ``name`` says of what it is the value."""
+        is_number = isinstance(value, self.type) and not isinstance(value, bool)
+        if not (is_number and abs(value) < math.inf and self.accept(value)):
+            raise LoraSVDError(f"{name}: got {value!r}, expected {self.expected}")
+
+
+_COUNT = _Number(Integral, lambda x: x >= 1, "a positive integer")
+_POSITIVE = _Number(Real, lambda x: x > 0, "a positive number")
+_SHARE = _Number(Real, lambda x: 0 <= x <= 1, "a number in [0, 1]")
+_PHASE = _Number(Real, lambda x: x >= 0, "a fraction of the run or steps, >= 0")
+_RATIO = _Number(Real, lambda x: 0 < x <= 1, "a number in (0, 1], the share of the targeted parameters that is kept")
+_NUMBERS = {
+    "param_ratio": _RATIO,
+    "lora_alpha": _POSITIVE,
+    **dict.fromkeys(("r", "compression_interval", "rank_multiple"), _COUNT),
+    **dict.fromkeys(("warmup", "compression"), _PHASE),
+    **dict.fromkeys(("row_shrinkage", "column_shrinkage", "correlation_shrinkage"), _SHARE),
+    **dict.fromkeys(("lora_dropout", "distillation"), _SHARE),
+}
+
+
+def check_param_ratio(value: Any) -> None:
+    """Raise unless ``value`` is a share of parameters to keep."""
+    _RATIO.check("param_ratio", value)
 
 
 def option(default: Any, help: str) -> Any:
@@ -94,15 +132,15 @@ class LoraSVDConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LORA_SVD
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # pyright: ignore[reportAttributeAccessIssue] - as PEFT does
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # pyright: ignore[reportAttributeAccessIssue]
-        self.rank_pattern = self.rank_pattern or {}
-        self.alpha_pattern = self.alpha_pattern or {}
         self._check_choices()
         self._check_numbers()
+        self._check_names()
         self._check_layers()
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(given := getattr(self, name), list | tuple):
+                setattr(self, name, set(given))  # as PEFT does
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
 
     @property
     def trains_factors(self) -> bool:
@@ -119,37 +157,50 @@ class LoraSVDConfig(PeftConfig):
             ("bias", ("none", "all", "lora_svd_only")),
         ):
             value = getattr(self, name)
-            if value not in valid:
+            if not isinstance(value, str) or value not in valid:
                 raise LoraSVDError(f"{name}: unknown value {value!r}, expected one of {sorted(valid)}")
+        for name in ("compressed", "train_factors", "init_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise LoraSVDError(f"{name}: got {getattr(self, name)!r}, expected True or False")
 
     def _check_numbers(self) -> None:
-        for kind, word, names in (
-            (Integral, "an integer", ("r", "compression_interval", "rank_multiple")),
-            (Real, "a number", ("param_ratio", "warmup", "compression", "lora_alpha", "lora_dropout")),
-            (Real, "a number", ("row_shrinkage", "column_shrinkage", "correlation_shrinkage")),
+        for name, number in _NUMBERS.items():
+            number.check(name, getattr(self, name))
+        if self.total_steps is not None:
+            _COUNT.check("total_steps", self.total_steps)
+        by_module = {"rank_pattern": _COUNT, "alpha_pattern": _POSITIVE, "compact_ranks": _COUNT}
+        for name, number in by_module.items():
+            given = {} if getattr(self, name) is None else getattr(self, name)
+            if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+                raise LoraSVDError(f"{name}: got {given!r}, expected a dictionary with names of modules as keys")
+            for key, value in given.items():
+                number.check(f"{name}: {key}", value)
+
+    def _check_names(self) -> None:
+        """Fields that name modules: their types, and whether what PEFT reads as regular expressions are some."""
+        for name, may_be_text in (
+            ("target_modules", True),
+            ("exclude_modules", True),
+            ("layers_pattern", True),
+            ("modules_to_save", False),
         ):
-            for name in names:
-                if not isinstance(getattr(self, name), kind):
-                    raise LoraSVDError(f"{name}: got {getattr(self, name)!r}, expected {word}")
-        if not 0 < self.param_ratio <= 1:
-            raise LoraSVDError(
-                f"param_ratio: got {self.param_ratio}, expected a number in (0, 1], the share of the targeted "
-                "parameters that is kept"
-            )
-        for name, least in (("warmup", 0), ("compression", 0)):
-            if getattr(self, name) < least:
-                raise LoraSVDError(f"{name}: got {getattr(self, name)}, expected a fraction of the run or steps, >= 0")
-        for name in ("r", "compression_interval", "rank_multiple"):
-            if getattr(self, name) < 1:
-                raise LoraSVDError(f"{name}: got {getattr(self, name)}, expected a positive integer")
-        for name in ("row_shrinkage", "column_shrinkage", "correlation_shrinkage", "lora_dropout", "distillation"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise LoraSVDError(f"{name}: got {getattr(self, name)}, expected a number in [0, 1]")
-        for name, rank in (self.compact_ranks or {}).items():
-            if not isinstance(rank, int) or rank < 1:
-                raise LoraSVDError(f"compact_ranks: {name} has rank {rank!r}, expected a positive integer")
+            given = getattr(self, name)
+            is_list = isinstance(given, list | tuple | set) and all(isinstance(entry, str) for entry in given)
+            if not (given is None or is_list or (may_be_text and isinstance(given, str))):
+                names = "names in a list or a regular expression" if may_be_text else "names in a list"
+                raise LoraSVDError(f"{name}: got {given!r}, expected {names}")
+            if isinstance(given, str):
+                _check_regex(name, given)
+        for name in ("layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern"):
+            for entry in getattr(self, name) or ():
+                _check_regex(name, entry)
 
     def _check_layers(self) -> None:
+        indices = self.layers_to_transform if isinstance(self.layers_to_transform, list) else [self.layers_to_transform]
+        if indices != [None] and not all(type(index) is int and index >= 0 for index in indices):
+            raise LoraSVDError(
+                f"layers_to_transform: got {self.layers_to_transform!r}, expected an index >= 0 or a list of them"
+            )
         # "all-linear" stands for a list of names and is no regular expression.
         is_regex = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
         if is_regex and self.layers_to_transform is not None:
@@ -160,3 +211,10 @@ class LoraSVDConfig(PeftConfig):
             raise LoraSVDError("`layers_pattern` cannot be used when `target_modules` is a str: name them in a list")
         if self.layers_pattern and self.layers_to_transform is None:
             raise LoraSVDError("When `layers_pattern` is specified, `layers_to_transform` must also be specified")
+
+
+def _check_regex(name: str, text: str) -> None:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise LoraSVDError(f"{name}: got {text!r}, expected a regular expression: {error}") from error

@@ -64,6 +64,12 @@ class InjectedModel(BaseTuner):
         names = peft_config.target_modules or ()
         by_suffix = ((name, replace(peft_config, target_modules=[name.rpartition(".")[2]])) for name in names)
         chosen = {name for name, config in by_suffix if check_target_module_exists(config, name)}
+        if not chosen:
+            raise LoraSVDError(
+                f"layers_to_transform: got {peft_config.layers_to_transform!r} with layers_pattern="
+                f"{peft_config.layers_pattern!r}, expected indices of layers that hold one of the {len(names)} linear "
+                "modules; look at model.named_modules()"
+            )
         peft_config.target_modules = chosen  # pyright: ignore[reportAttributeAccessIssue] - as in PEFT
 
     def _create_and_replace(
@@ -146,9 +152,13 @@ class InjectedModel(BaseTuner):
             tuner._trained.pop(adapter_name, None)
         if not config.compressed:
             given[adapter_name] = config.compact_ranks
-        config.compressed = any(layer.factors(adapter_name) is not None for layer in known.values())
+        ranks = {name: layer.kept_rank(adapter_name) for name, layer in known.items()}
+        # Without factors the run is before its compression, unless that has left every layer dense.
+        config.compressed = any(layer.factors(adapter_name) is not None for layer in known.values()) or (
+            config.compressed and config.compact_ranks == ranks
+        )
         if config.compressed:
-            config.compact_ranks = {name: layer.kept_rank(adapter_name) for name, layer in known.items()}
+            config.compact_ranks = ranks
         else:
             config.compact_ranks = given.get(adapter_name)
         for layer in known.values():

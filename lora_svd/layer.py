@@ -231,8 +231,9 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
         if names:
             tensors = (t.detach().float() for t in (self.dense_weight(), A, B, A.grad, B.grad))
             grams, counts = self._state("input_gram"), self._state("counts")
-            tokens = counts[adapter_name][COUNTS.index("token")].clamp(min=1) if adapter_name in grams else 1
-            gram = grams[adapter_name] / tokens if adapter_name in grams else None
+            gram = None
+            if adapter_name in grams:  # no token counts while every gradient of the output is zero
+                gram = grams[adapter_name] / counts[adapter_name][COUNTS.index("token")].clamp_min(1)
             step = StepObservation(*tensors, scaling=self.scaling[adapter_name], input_gram=gram)
             with torch.autocast(device_type=A.device.type, enabled=False):
                 for name in names:

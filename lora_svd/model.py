@@ -76,6 +76,10 @@ class LoraSVDModel(PhasedModel):
                 for _, layer in self._tuner_layers(name):
                     layer.set_factors(name, None)
         if not smaller:
+            layers = {key: layer for name in names for key, layer in self._tuner_layers(name)}
+            for name in self._untie(layers):  # or the embedding would change with the head
+                base: Any = layers[name].get_base_layer()
+                base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
             return super().merge_and_unload(progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
         name = self._single_adapter(adapter_names)
         layers, inputs, settings = self._pipeline(name)
@@ -134,9 +138,7 @@ class LoraSVDModel(PhasedModel):
             )
             for name, layer in layers.items()
         }
-        tied = [name for name in modules if untie(self.model, name)]
-        if tied:
-            self.model.config.tie_word_embeddings = False  # or PEFT takes the merge for one of tied weights
+        tied = self._untie(modules)
         for name, module in modules.items():
             self.model.set_submodule(name, module)
         return LoraSVDCompactConfig(
@@ -148,6 +150,13 @@ class LoraSVDModel(PhasedModel):
                 name: getattr(config, name) for name in ("importance", "allocation", "compensation", "param_ratio")
             },
         )
+
+    def _untie(self, names: Iterable[str]) -> list[str]:
+        """Those of the modules whose weight was tied to another one's; from here on it is their own."""
+        tied = [name for name in names if untie(self.model, name)]
+        if tied:
+            self.model.config.tie_word_embeddings = False  # or PEFT takes the merge for one of tied weights
+        return tied
 
     def _reached_target(self, config: LoraSVDConfig, inputs: dict[str, LayerInput]) -> bool:
         shapes = {name: given.shape for name, given in inputs.items()}

@@ -18,9 +18,9 @@ from .compression import (
     compute_spectra,
     factorize,
 )
-from .config import LoraSVDConfig
+from .config import LoraSVDConfig, check_param_ratio
 from .distillation import distillation_loss, label_positions
-from .errors import LoraSVDError, NumericalError
+from .errors import LoraSVDError, NumericalError, in_module
 from .injection import InjectedModel, check_called
 from .layer import LoraSVDLinear
 from .schedule import Schedule, build_schedule
@@ -103,8 +103,9 @@ class PhasedModel(InjectedModel):
             if global_step == 0:
                 check_called(layers, adapter_name)
             if _gradients_are_finite(layers, adapter_name, global_step, scaled=scaled):
-                for layer in layers.values():
-                    layer.observe_step(adapter_name)
+                for name, layer in layers.items():
+                    with in_module(name):
+                        layer.observe_step(adapter_name)
             budget = schedule.budget(global_step)
             if budget is not None:
                 self._compress(adapter_name, budget)
@@ -148,8 +149,7 @@ class PhasedModel(InjectedModel):
         tried. ``LoraSVDConfig.param_ratio`` follows, so that saving the adapter keeps the choice.
         """
         name = adapter_name or self._single_adapter(None)
-        if not 0 < param_ratio <= 1:
-            raise LoraSVDError(f"param_ratio: got {param_ratio}, expected a number in (0, 1]")
+        check_param_ratio(param_ratio)
         config, given = self._config(name), self._given_ranks.pop(name, None)
         before, ranks = config.param_ratio, config.compact_ranks
         config.param_ratio, config.compact_ranks = param_ratio, None

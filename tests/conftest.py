@@ -9,6 +9,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples in every run, on a machine of any speed; `make test-extended` generates others, and many.
+settings.register_profile("default", deadline=None, derandomize=True, database=None, max_examples=100)
+settings.register_profile("extended", deadline=None, derandomize=False, print_blob=True, max_examples=4000)
+settings.load_profile("default")
 
 HOST_WARNINGS = (
     "ignore:`torch.jit.script:DeprecationWarning",  # bitsandbytes, on import

@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import ARCHITECTURES, LLAMA, assert_bit_equal, logits, make_trainer, settings, tensors, trained, wrap
 from peft import PeftModel
+from transformers import LlamaForCausalLM
 
 from lora_svd import LoraSVDError
 from lora_svd.compact import parameter_report
@@ -183,3 +184,25 @@ def test_adapter_of_a_trainer_checkpoint_loads_alone(tmp_path: Path) -> None:
     assert trained(tmp_path / "again", warmup=2, steps=4).peft_config["default"].compact_ranks == (
         again.peft_config["default"].compact_ranks
     )
+
+
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")  # PEFT, always
+def test_dense_merge_of_a_tied_head_leaves_the_embedding_alone(tmp_path: Path) -> None:
+    model = trained(tmp_path, target_modules=["lm_head", "q_proj"], warmup=1)
+    model.base_model.set_param_ratio(1)
+    embedding = model.get_input_embeddings().weight.detach().clone()
+    expected = logits(model)
+    dense = model.merge_and_unload()
+    assert torch.equal(dense.get_input_embeddings().weight, embedding)
+    torch.testing.assert_close(logits(dense), expected, rtol=0, atol=1e-5)
+    dense.save_pretrained(tmp_path / "dense")
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path / "dense")), logits(dense))
+
+
+def test_a_compression_that_left_every_layer_dense_is_over_after_loading(tmp_path: Path) -> None:
+    model = trained(tmp_path, param_ratio=0.9999999999)
+    assert model.peft_config["default"].compressed
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(LLAMA.build(), tmp_path)
+    assert again.peft_config["default"].compressed
+    assert_bit_equal(tensors(again.merge_and_unload()), tensors(model.merge_and_unload()))

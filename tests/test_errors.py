@@ -49,7 +49,7 @@ def stopped(folder: Path, **changes: Any) -> PeftModel:
         ("compression_interval", 0, "got 0, expected a positive integer"),
         ("rank_multiple", 0, "got 0, expected a positive integer"),
         ("r", 0, "got 0, expected a positive integer"),
-        ("r", 2.5, r"got 2\.5, expected an integer"),
+        ("r", 2.5, r"got 2\.5, expected a positive integer"),
         ("lora_dropout", 1.5, r"got 1\.5, expected a number in \[0, 1\]"),
         ("row_shrinkage", 2, r"got 2, expected a number in \[0, 1\]"),
         ("column_shrinkage", None, "got None, expected a number"),
@@ -63,7 +63,7 @@ def stopped(folder: Path, **changes: Any) -> PeftModel:
             rf"unknown value 'drop', expected one of \{sorted(COMPENSATIONS)}".replace("]", r"\]"),
         ),
         ("bias", "some", r"unknown value 'some', expected one of \['all', 'lora_svd_only', 'none'\]"),
-        ("compact_ranks", {UP: 0}, rf"{UP} has rank 0, expected a positive integer"),
+        ("compact_ranks", {UP: 0}, rf"{UP}: got 0, expected a positive integer"),
     ],
 )
 def test_config_field_out_of_range(field: str, value: object, says: str) -> None:
@@ -193,6 +193,24 @@ def test_non_finite_loss_names_module_and_step(importance: str, scale: float) ->
         NumericalError, match=r"model\.layers\.\d\.\S+: the gradient .* not finite at step 1; .*Lower the"
     ):
         backward(model, scale).base_model.update_and_allocate(1)
+
+
+def test_first_step_without_any_gradient_is_no_error() -> None:
+    """Saturated layers, or labels that are all ignored in a loss that is zero then: the next step is observed."""
+    model = wrap(total_steps=20)
+    backward(model, 0.0).base_model.update_and_allocate(0)
+    model.zero_grad()
+    backward(model).base_model.update_and_allocate(1)
+    model.base_model.set_param_ratio(0.6)
+    assert parameter_report(model.merge_and_unload()).param_ratio <= 0.6
+
+
+def test_non_finite_statistic_of_a_step_names_the_module() -> None:
+    model = wrap(total_steps=20)
+    backward(model)
+    model.get_submodule(f"base_model.model.{UP}").lora_svd_input_gram["default"][0, 0] = math.nan
+    with pytest.raises(NumericalError, match=rf"^{UP}: metric has \d+ of 16 non-finite values"):
+        model.base_model.update_and_allocate(0)
 
 
 def test_non_finite_loss_stops_a_trainer(tmp_path: Path) -> None:
