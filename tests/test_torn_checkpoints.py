@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,9 +20,11 @@ from safetensors.torch import load_file, save_file
 from test_damaged_checkpoints import cut, files_up_to, flip_bit
 from tiny_lm import save_tiny_lm
 
+import lora_svd
 from lora_svd import LoraSVDError
 from lora_svd.checkpoints import check_checkpoint, last_whole_checkpoint
-from lora_svd.cli import main
+from lora_svd.recipe import read_recipe
+from lora_svd.run import _train, load_model
 
 STEPS = 6
 SCRIPT = Path(__file__).parents[1] / "recipes/benchmarks/kill_and_resume.py"
@@ -167,19 +170,25 @@ def test_adapter_config_cannot_ask_for_memory(field: str, folder: Path) -> None:
         PeftModel.from_pretrained(LLAMA.build(), path.parent)
 
 
-def test_command_resumes_from_the_last_whole_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipe_resumes_from_the_last_whole_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_tiny_lm(tmp_path / "tiny")
-    (tmp_path / "text").write_text(" ".join(f"w{i % 60}" for i in range(600)))
-    recipe = "model: tiny\ntrain_text: text\neval_text: text\nblock_length: 16\nwindow: 32\noutput_dir: out\nr: 4\n"
-    recipe += "rank_multiple: 1\nmax_steps: 6\nsave_steps: 2\nuse_cpu: true\nreport_to: [none]\nreport_tokens: 0\n"
-    (tmp_path / "recipe.yaml").write_text(recipe + "resume_from_checkpoint: last\n")
-    assert main(["compress", "recipe.yaml"]) == 0  # from the beginning
+    (tmp_path / "text").write_text("w1 w2 w3")
+    recipe = "model: tiny\ntrain_text: text\neval_text: text\noutput_dir: out\nr: 4\nrank_multiple: 1\n"
+    recipe += "max_steps: 6\nsave_steps: 2\nuse_cpu: true\nreport_to: [none]\nresume_from_checkpoint: last\n"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+
+    def train() -> None:
+        model = load_model("tiny", "float32", torch.device("cpu"))[1]
+        torch.manual_seed(0)
+        _train(model, torch.arange(3, 51).view(6, 8), read_recipe(tmp_path / "recipe.yaml"))
+
+    train()  # from the beginning: there is nothing yet
     expected = state_of(tmp_path / "out")
     shutil.rmtree(tmp_path / "out/checkpoint-6")
     (tmp_path / "out/checkpoint-4" / ADAPTER).unlink()
     with pytest.warns(UserWarning, match="checkpoint-4"):
-        assert main(["compress", "recipe.yaml"]) == 0
+        train()
     assert_bit_equal(state_of(tmp_path / "out"), expected)
 
 
@@ -195,7 +204,8 @@ def test_killed_runs_end_as_one_that_was_left_alone(tmp_path: Path) -> None:
         "--results",
         str(tmp_path / "found"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(Path(lora_svd.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in (tmp_path / "found").read_text().splitlines()]
     assert sum(sum(line["kills"].values()) for line in found) >= 6
