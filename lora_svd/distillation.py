@@ -23,7 +23,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, mask: Tensor, num_items:
     """
     positions = mask.flatten().nonzero().flatten()
     total: Any = _Divergence.apply(student.flatten(0, -2), teacher.flatten(0, -2), positions)
-    return total / (len(positions) if num_items is None else num_items)
+    return total / max(len(positions) if num_items is None else num_items, 1)  # a batch may have no label at all
 
 
 class _Divergence(torch.autograd.Function):

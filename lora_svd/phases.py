@@ -253,8 +253,8 @@ def _gradients_are_finite(
         found = f"{name}: the gradient of the LoRA bypass is not finite at step {global_step}"
         if not scaled:
             raise NumericalError(
-                f"{found}; a batch gave a non-finite loss, as one without any label does. Lower the learning rate, "
-                "look at the data, or train in float32 or bfloat16"
+                f"{found}; a batch gave a non-finite loss. Lower the learning rate, look at the data, or train in "
+                "float32 or bfloat16"
             )
         warnings.warn(f"{found}, which the gradient scaler skips; the step is not observed", stacklevel=3)
         return False
