@@ -90,11 +90,12 @@ class InjectedModel(BaseTuner):
             target.update_layer(adapter_name, peft_config, key=current_key, r=r, lora_alpha=alpha)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not (isinstance(base, (nn.Linear, Conv1D)) or _is_quantized_linear(base)):
+        if not (_is_plain_linear(base) or _is_quantized_linear(base)):
+            names = {name: type(module) is type(base) for name, module in self.model.named_modules()}
             raise TypeError(
                 f"target_modules: {current_key} is {type(base).__name__}, which is not supported; expected "
-                "torch.nn.Linear, transformers Conv1D or a quantized linear layer. Name other modules, or leave this "
-                "one out with exclude_modules"
+                "torch.nn.Linear or transformers Conv1D, without a forward of its own, or a quantized linear layer. "
+                f"Name others, or leave this kind out: exclude_modules={_patterns(filter(names.get, names), names)}"
             )
         if target in self._aliases:
             names = self._aliases[target]
@@ -204,6 +205,11 @@ def _check_saved(name: str, layer: LoraSVDLinear, adapter_name: str, saved: Mapp
             )
 
 
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Not a subclass that computes something else, such as a router, which factors could not take the place of."""
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in (nn.Linear, Conv1D))
+
+
 def _is_quantized_linear(module: nn.Module) -> bool:
     backend = resolve_quantization_backend(module)
     return backend is not None and backend.layer_type == "linear" and backend.supports_merge
@@ -221,9 +227,20 @@ def check_called(layers: Mapping[str, LoraSVDLinear], adapter_name: str) -> None
     if bypassed:
         raise LoraSVDError(
             f"target_modules: the model uses the weights of {_shortened(bypassed)} and does not call these layers, so "
-            "they can be neither trained nor replaced. Leave them out: "
-            f"exclude_modules={sorted({name.rpartition('.')[2] for name in bypassed})}"
+            f"they can be neither trained nor replaced. Leave them out: exclude_modules={_patterns(bypassed, layers)}"
         )
+
+
+def _patterns(names: Iterable[str], among: Iterable[str]) -> list[str]:
+    """The shortest ends of ``names`` that no other of ``among`` has."""
+    names = set(names)
+    others = {end for name in among if name not in names for end in _ends(name)}
+    return sorted({next((end for end in _ends(name) if end not in others), name) for name in names})
+
+
+def _ends(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
 
 
 def _aliases(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -247,7 +264,7 @@ def _warn_of_fused_weights(model: nn.Module) -> None:
     if sizes:
         share = sum(sizes.values()) / sum(parameter.numel() for parameter in model.parameters())
         warnings.warn(
-            f"{share:.1%} of the parameters are in 3-D weights (fused experts), which are left as they are: "
+            f"{share:.1%} of the parameters are in 3-D weights (fused experts or heads), which are left as they are: "
             f"{_shortened(sizes)}. param_ratio is of the other targeted layers",
             stacklevel=2,
         )

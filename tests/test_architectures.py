@@ -76,12 +76,21 @@ def test_fused_experts_are_named_with_their_share(name: str) -> None:
 class Reads(nn.Module):
     """Computes with the weight of a linear layer that it does not call."""
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, hidden: int, name: str = "inner") -> None:
         super().__init__()
-        self.inner = nn.Linear(hidden, hidden)
+        self.name = name
+        self.add_module(name, nn.Linear(hidden, hidden))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.inner.weight, self.inner.bias)
+        inner = self.get_submodule(self.name)
+        return F.linear(x, inner.weight, inner.bias)
+
+
+class Router(nn.Linear):
+    """A linear layer that does something with its outputs, as in Llama 4."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).sigmoid()
 
 
 class Attends(nn.MultiheadAttention):
@@ -103,6 +112,7 @@ def with_mlp(mlp: Callable[[], nn.Module]) -> tf.PreTrainedModel:
         (MAMBA.build, MAMBA, "layers.0.mixer.dt_proj and 1 more", "dt_proj"),
         (lambda: with_mlp(lambda: Reads(32)), LLAMA, "layers.1.mlp.inner", "inner"),
         (lambda: with_mlp(lambda: Attends(32, 4)), LLAMA, "layers.1.mlp.out_proj", "out_proj"),
+        (lambda: with_mlp(lambda: nn.Sequential(nn.Linear(32, 32), Reads(32, "0"))), LLAMA, "layers.1.mlp.1.0", "1.0"),
     ],
 )
 @pytest.mark.parametrize("importance", ["lora_activation", "none"])
@@ -124,6 +134,15 @@ def test_layer_that_the_model_goes_round_is_refused_in_the_first_step(
     compact = left_out.merge_and_unload()
     assert torch.isfinite(logits(compact, architecture)).all()
     assert_kept(compact, 0.6)
+
+
+def test_linear_layer_with_a_forward_of_its_own_is_refused(tmp_path: Path) -> None:
+    key = "model.layers.1.mlp"
+    with pytest.raises(TypeError, match=rf"{key} is Router, which is not supported.*exclude_modules=\['1\.mlp'\]$"):
+        get_peft_model(with_mlp(lambda: Router(32, 32)), settings())
+    model = get_peft_model(with_mlp(lambda: Router(32, 32)), settings(exclude_modules=["1.mlp"]))
+    make_trainer(model, tmp_path).train()
+    assert isinstance(model.merge_and_unload().model.layers[1].mlp, Router)
 
 
 def test_layer_that_is_called_twice_is_observed_twice(tmp_path: Path) -> None:
