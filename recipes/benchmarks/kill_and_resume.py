@@ -17,9 +17,9 @@ import os
 import random
 import shutil
 import signal
-import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -43,13 +43,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "trained factors, distillation": {**CUBIC, "train_factors": True, "distillation": 0.5},
     "kronecker": {**CUBIC, "importance": "kronecker"},
 }
-Report = Callable[[str, int], None]
+Report = Callable[[str, int], object]
 
 
 def build() -> LlamaForCausalLM:
     """The same random weights every time."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes: Any = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
 
 
@@ -129,10 +129,10 @@ def in_new_process(log: Path, work: Callable[[Report], None]) -> tuple[int, Iter
         with log.open("w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-            work(lambda phase, step: os.write(writing, f"{phase} {step} {time.monotonic()}\n".encode()) and None)
+            work(lambda phase, step: os.write(writing, f"{phase} {step} {time.monotonic()}\n".encode()))
             status = 0
     except BaseException:  # noqa: BLE001 - a forked process must not go on as its parent
-        sys.excepthook(*sys.exc_info())
+        log.write_text(traceback.format_exc())
     finally:
         os._exit(status)
 
