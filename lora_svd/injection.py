@@ -114,15 +114,6 @@ class InjectedModel(BaseTuner):
             if isinstance(module, LoraSVDLinear) and adapter_name in module.lora_svd_A:
                 yield name, module
 
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """As in PEFT, but frozen factors keep the type of the base: only what is trained needs float32."""
-        frozen = [
-            found for _, layer in self._tuner_layers(adapter_name) for found in layer.frozen_factors(adapter_name)
-        ]
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for stored, factor in frozen:
-            stored[adapter_name] = factor
-
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: LoraSVDConfig, adapter_name: str, state_dict: dict[str, Tensor]

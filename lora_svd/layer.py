@@ -164,16 +164,11 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
         for name in _FACTORS:
             yield from (p for p in getattr(self, PREFIX + name).parameters() if p.requires_grad)
 
-    def frozen_factors(self, adapter_name: str) -> Iterator[tuple[MutableMapping[str, Tensor], Tensor]]:
-        """The factors that are not trained, each with the mapping that holds it."""
-        for stored in map(self._state, _FACTORS):
-            if adapter_name in stored and not stored[adapter_name].requires_grad:
-                yield stored, stored[adapter_name]
-
     def set_factors(self, adapter_name: str, factors: Factors | None, *, trainable: bool = False) -> None:
         """Let factors stand for the weight from now on, balanced; None restores the whole weight.
 
-        They are float32 if they are trained, else of the base weight's type: bfloat16 if that is quantized.
+        They are float32 if they are trained, else of the base weight's type, bfloat16 if that is quantized, until PEFT
+        makes them float32 when it loads them.
         """
         # With low_cpu_mem_usage A is empty at first, on the meta device.
         A = self.lora_svd_A[adapter_name]

@@ -151,7 +151,7 @@ def test_training_goes_on_after_loading_a_whole_adapter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_base(dtype: torch.dtype, tmp_path: Path) -> None:
-    """The bypass is float32; frozen factors and the compact model are what the base was."""
+    """The bypass is float32; frozen factors are of the base's type until PEFT loads them, the compact model is."""
 
     def base_of(dtype: torch.dtype) -> Any:
         base = LLAMA.build()
@@ -163,10 +163,10 @@ def test_half_precision_base(dtype: torch.dtype, tmp_path: Path) -> None:
     make_trainer(model, tmp_path, learning_rate=1e-3).train()
     model.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(base_of(dtype), tmp_path / "adapter")
-    for tuned in (model, again):
+    for tuned, expected in ((model, dtype), (again, torch.float32)):
         layer = tuned.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
         assert layer.lora_svd_A["default"].dtype == torch.float32
-        assert {factor.dtype for factor in vars(layer.factors("default")).values()} == {dtype}
+        assert {factor.dtype for factor in vars(layer.factors("default")).values()} == {expected}
     assert torch.equal(logits(again), logits(model))
     compact = model.merge_and_unload()
     assert {parameter.dtype for parameter in compact.parameters()} == {dtype}
