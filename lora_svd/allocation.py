@@ -158,7 +158,8 @@ def _global(options: dict[str, _Options], shapes: Mapping[str, LayerShape], para
     chosen = choose(0.0)
     if cost(chosen) <= budget:
         return chosen
-    low, high = 0.0, max(option.errors[0] for option in options.values()) + 1e-300
+    # Twice the largest error: one parameter is then worth more than any, whatever the sums are rounded to.
+    low, high = 0.0, 2 * max(option.errors[0] for option in options.values()) + 1e-300
     for _ in range(200):
         middle = (low * high) ** 0.5 if low > 0 else high * 1e-18
         if cost(choose(middle)) <= budget:

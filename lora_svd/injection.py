@@ -82,10 +82,8 @@ class InjectedModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        r, alpha = (
-            pattern.get(get_pattern_key(list(pattern), current_key))
-            for pattern in (peft_config.rank_pattern or {}, peft_config.alpha_pattern or {})
-        )
+        r = _of_pattern("rank_pattern", peft_config.rank_pattern or {}, current_key)
+        alpha = _of_pattern("alpha_pattern", peft_config.alpha_pattern or {}, current_key)
         if isinstance(target, LoraSVDLinear):
             target.update_layer(adapter_name, peft_config, key=current_key, r=r, lora_alpha=alpha)
             return
@@ -264,3 +262,14 @@ def _warn_of_fused_weights(model: nn.Module) -> None:
 def _shortened(names: Iterable[str]) -> str:
     first, *rest = names
     return f"{first} and {len(rest)} more" if rest else first
+
+
+def _of_pattern(field: str, pattern: dict[str, int], name: str) -> int | None:
+    """What the pattern says of a module; None if nothing.
+
+    PEFT takes the first key that matches, but saves the keys in another order.
+    """
+    found = {key: value for key, value in pattern.items() if get_pattern_key([key], name) == key}
+    if len(set(found.values())) > 1:
+        raise LoraSVDError(f"{field}: {found} all match {name}, expected one value; write keys that do not overlap")
+    return next(iter(found.values()), None)

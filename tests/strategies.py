@@ -193,6 +193,6 @@ def refusals(draw: st.DrawFn) -> Case:
     name = draw(st.sampled_from(sorted(BAD)))
     value = draw(st.sampled_from(BAD[name]))
     value, shown = value if isinstance(value, tuple) else (value, value)
-    fields = {**draw(configurations(net)), "target_modules": "all-linear", "param_ratio": 0.9, name: value}
-    fields["layers_to_transform"] = {"layers_to_transform": value, "layers_pattern": 0}.get(name)
+    fields = {**draw(configurations(net)), "target_modules": "all-linear", "param_ratio": 0.9}
+    fields |= {"layers_pattern": None, "layers_to_transform": 0 if name == "layers_pattern" else None, name: value}
     return Case(net, fields, expected=(name, shown))

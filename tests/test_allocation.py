@@ -93,6 +93,13 @@ def test_pivoted_never_costs_more_than_dense_and_always_less_than_factors():
     assert candidate_ranks(shape, "pivoted", 1) == list(range(1, 25))
 
 
+def test_budget_is_met_where_one_parameter_decides():
+    """Rank 1 of a 2 x 3 matrix takes 5 numbers, the matrix 6: the price that tells them apart must not be a tie."""
+    for error in torch.rand(500, dtype=torch.float64, generator=torch.Generator().manual_seed(0)):
+        layers = {"layer": (LayerShape(2, 3), torch.tensor([1.0, float(error)], dtype=torch.float64))}
+        assert allocate(layers, {"param_ratio": 0.84, "factor_format": "factors", "rank_multiple": 1}) == {"layer": 1}
+
+
 def test_kept_bypass_is_counted():
     plain, kept = LayerShape(40, 24), LayerShape(40, 24, extra_rank=4)
     for factor_format in FACTOR_FORMATS:

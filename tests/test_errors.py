@@ -82,6 +82,16 @@ def test_targets_that_match_nothing() -> None:
         get_peft_model(LLAMA.build(), settings(target_modules=["query_key_value"]))
 
 
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_patterns_that_contradict_each_other(field: str) -> None:
+    """The first one would count, and the order is another one after saving."""
+    with pytest.raises(
+        LoraSVDError, match=rf"^{field}: \{{'up_proj': 2, .*: 3\}} all match model\.layers\.0\.mlp\.up_proj"
+    ):
+        get_peft_model(LLAMA.build(), settings(**{field: {"up_proj": 2, r"layers\.0\.mlp\..*": 3}}))
+    get_peft_model(LLAMA.build(), settings(**{field: {"up_proj": 2, r"layers\.0\.mlp\..*": 2}}))
+
+
 def test_unsupported_module_is_named() -> None:
     with pytest.raises(TypeError, match=r"target_modules: model\.norm is LlamaRMSNorm, .* expected .*exclude_modules"):
         get_peft_model(LLAMA.build(), settings(target_modules=["model.norm"]))

@@ -109,7 +109,7 @@ def run(case: Case, folder: Path) -> None:
         trained = logits(model)
         model.save_pretrained(folder / "adapter")
         model = PeftModel.from_pretrained(build(case.net), folder / "adapter", is_trainable=True)
-        assert torch.equal(logits(model), trained)
+        close(logits(model), trained, 1e-5)
     if case.resized is not None:
         model.base_model.set_param_ratio(case.resized)
     trained = logits(model)
@@ -127,12 +127,12 @@ def run(case: Case, folder: Path) -> None:
     again, info = type(compact).from_pretrained(folder / "compact", output_loading_info=True)
     assert not any(info.values())
     assert_bit_equal(again.state_dict(), compact.state_dict())
-    close(logits(again), merged, 1e-5)  # the tensors lie elsewhere in memory, and kernels round accordingly
+    close(logits(again), merged, 1e-5)
     assert parameter_report(again) == parameter_report(compact)
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Equal but for rounding, relative to the largest number."""
+    """Equal but for rounding, which depends on where tensors lie in memory; relative to the largest number."""
     assert float((found - expected).abs().max()) <= tolerance * float(expected.abs().max()) + 1e-6
 
 
