@@ -59,7 +59,7 @@ def _average_gradient(parameter: Tensor) -> None:
         parameter.grad /= world_size()
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: object) -> bool:
     """Whether each process holds a part of the tensor only (FSDP2)."""
     return isinstance(tensor, DTensor)
 

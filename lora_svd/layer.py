@@ -120,10 +120,6 @@ class LoraSVDLinear(ObservedLayer):
         weight = self.get_base_weight() if self._unmerged is None else self._unmerged
         return weight.T if self.fan_in_fan_out else weight
 
-    def is_sharded(self) -> bool:
-        """Whether this process holds a part of the weight only."""
-        return distributed.is_sharded(self.get_base_weight()) if self.quantization_backend is None else False
-
     def weight_bytes(self) -> int:
         """Bytes of the base layer's weight as it is stored."""
         weight: Any = self.get_base_layer().weight

@@ -239,7 +239,7 @@ class PhasedModel(InjectedModel):
 def _weight_reader(name: str, layer: LoraSVDLinear, *, gather: bool, mine: bool) -> Callable[[], Tensor]:
     """Returns the weight, (out, in), on the CPU in float64. A sharded one is gathered at once, by all processes
     together, and kept where it is factorized."""
-    if not layer.is_sharded():
+    if not distributed.is_sharded(layer.get_base_layer().weight):
         return lambda: layer.dense_weight().detach().cpu().double()
     if not gather:
         raise LoraSVDError(
