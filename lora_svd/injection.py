@@ -27,7 +27,7 @@ from .compact import LowRankLinear, keep_unpacked
 from .config import LoraSVDConfig
 from .decompositions import Factors
 from .errors import LoraSVDError
-from .layer import LoraSVDLinear
+from .layer import SAVED, LoraSVDLinear
 from .peft_type import PREFIX
 from .statistics import COUNTS, STATISTICS, SharedGram
 
@@ -106,6 +106,18 @@ class InjectedModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             new.requires_grad_(False)
         self._replace_module(parent, target_name, new, target)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DDP, given the PEFT model, is to leave alone: it would send the statistics with every forward pass, and
+        factors may be replaced. The PEFT model hands its attributes on."""
+        return [
+            f"base_model.model.{name}.{PREFIX}{kind}.{adapter}"
+            for name, module in self.model.named_modules()
+            if isinstance(module, LoraSVDLinear)
+            for kind in SAVED
+            for adapter in module.lora_svd_A
+        ]
 
     def _tuner_layers(self, adapter_name: str) -> Iterator[tuple[str, LoraSVDLinear]]:
         for name, module in self.model.named_modules():

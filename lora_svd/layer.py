@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from . import distributed
 from .allocation import LayerShape
 from .compact import num_bytes
 from .decompositions import Factors, balance
 from .errors import LoraSVDError, NumericalError
-from .importance import IMPORTANCES
+from .observation import STATE, ObservedLayer
 from .peft_type import PREFIX
-from .statistics import COUNTS, STATISTICS, LayerStatistics, Observe, SharedGram, StepObservation, observe_tokens
+from .statistics import SharedGram
 
 if TYPE_CHECKING:
     from .config import LoraSVDConfig
 
-_STATE = (*STATISTICS, "counts")
 _FACTORS = ("left", "right")
+SAVED = (*STATE, *_FACTORS)
 # Factors are stored this much larger, so that a step of an optimizer like Adam, whose length does not depend on the
 # gradient's, moves them less than it moves the bypass: 2.5e-4 of their unit at a learning rate of 1e-3. A power of 2,
 # so that scaling rounds nothing.
@@ -35,7 +35,7 @@ _FACTOR_SCALE = 4.0
 _WIDEST_BYPASS = 1024
 
 
-class LoraSVDLinear(nn.Module, BaseTunerLayer):
+class LoraSVDLinear(ObservedLayer):
     """``y = W x + s B A x``, later ``y = left (right x) + s B A x``; bias as in the base layer.
 
     Per adapter: trainable A (r, in) and B (out, r); buffers for the statistics while the weight is whole, and for the
@@ -49,7 +49,7 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
         "lora_alpha",
         "scaling",
         "lora_svd_dropout",
-        *(PREFIX + name for name in (*_STATE, *_FACTORS)),
+        *(PREFIX + name for name in SAVED),
     )
     base_layer: nn.Module
 
@@ -67,12 +67,9 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
         self.lora_svd_dropout = nn.ModuleDict()
         self.lora_svd_A = nn.ParameterDict()
         self.lora_svd_B = nn.ParameterDict()
-        for name in _STATE:
-            setattr(self, PREFIX + name, BufferDict(persistent=True))
+        self._init_observation(shared)
         for name in _FACTORS:
             setattr(self, PREFIX + name, nn.ParameterDict())
-        self._observed: dict[str, tuple[str, ...]] = {}
-        self._shared = shared
         self._unmerged: Tensor | None = None
         self._disable_adapters = False
         self.merged_adapters = []
@@ -115,6 +112,7 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._observed.pop(adapter_name, None)
+        self.reset_state(adapter_name)
         super().delete_adapter(adapter_name)
 
     def layer_shape(self, adapter_name: str, *, keep: bool) -> LayerShape:
@@ -179,86 +177,26 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
             stored = self._state(name)
             if balanced is not None:
                 tensor = _FACTOR_SCALE * getattr(balanced, name).to(device, dtype).contiguous()
-                stored[adapter_name] = nn.Parameter(tensor, requires_grad=trainable)
+                stored[adapter_name] = distributed.averaged(nn.Parameter(tensor, requires_grad=trainable))
             elif adapter_name in stored:
                 del stored[adapter_name]
 
-    # -- observation ---------------------------------------------------------------------------------------------------
-
-    def _state(self, name: str) -> MutableMapping[str, Tensor]:
-        """The saved tensors of that name, by adapter."""
-        return getattr(self, PREFIX + name)
-
-    def observe(self, adapter_name: str, config: LoraSVDConfig) -> None:
-        """Collect statistics for this adapter while it trains and its weight is whole; keep what there is otherwise."""
-        self._observed.pop(adapter_name, None)
-        if not (config.compressed or config.inference_mode or config.param_ratio == 1):
-            self._observed[adapter_name] = IMPORTANCES[config.importance].statistics
-
     def reset_state(self, adapter_name: str) -> None:
         """Forget the statistics and factors of this adapter."""
-        for name in (*_STATE, *_FACTORS):
+        for name in SAVED:
             if adapter_name in self._state(name):
                 del self._state(name)[adapter_name]
+        for parts in self._parts.values():
+            parts.pop(adapter_name, None)
 
     def allocate_state(self, adapter_name: str, attribute: str, like: Tensor, *, trainable: bool) -> None:
         """Make room for a saved statistic or factor; other attributes are passed over."""
         name, device = attribute.removeprefix(PREFIX), self.lora_svd_A[adapter_name].device
-        if name in _STATE:
+        if name in STATE:
             self._state(name)[adapter_name] = torch.empty_like(like, device=device)
         elif name in _FACTORS:
             room = torch.empty_like(like, device=device)
-            self._state(name)[adapter_name] = nn.Parameter(room, requires_grad=trainable)
-
-    def statistics(self, adapter_name: str) -> LayerStatistics:
-        """What was observed for this adapter, on the CPU."""
-        sums = {n: self._state(n)[adapter_name].cpu() for n in STATISTICS if adapter_name in self._state(n)}
-        counts = self._state("counts")
-        seen = counts[adapter_name].tolist() if adapter_name in counts else [0] * len(COUNTS)
-        return LayerStatistics(sums, dict(zip(COUNTS, seen, strict=True)))
-
-    def observe_step(self, adapter_name: str) -> None:
-        """Add the gradients that the optimizer is about to use to the statistics of this adapter."""
-        A, B = self.lora_svd_A[adapter_name], self.lora_svd_B[adapter_name]
-        if adapter_name not in self._observed or A.grad is None or B.grad is None:
-            return
-        names = [name for name in self._observed[adapter_name] if STATISTICS[name].per == "step"]
-        if names:
-            tensors = (t.detach().float() for t in (self.dense_weight(), A, B, A.grad, B.grad))
-            grams, counts = self._state("input_gram"), self._state("counts")
-            gram = None
-            if adapter_name in grams:  # no token counts while every gradient of the output is zero
-                gram = grams[adapter_name] / counts[adapter_name][COUNTS.index("token")].clamp_min(1)
-            step = StepObservation(*tensors, scaling=self.scaling[adapter_name], input_gram=gram)
-            with torch.autocast(device_type=A.device.type, enabled=False):
-                for name in names:
-                    self._accumulate(adapter_name, name, STATISTICS[name].of(step))
-        self._count(adapter_name, "step", 1)
-
-    def _observe_tokens(self, x: Tensor, g: Tensor) -> None:
-        seen, counts = observe_tokens(x, g, self._shared)
-        for adapter_name, names in self._observed.items():
-            if adapter_name not in self.active_adapters:
-                continue
-            for name in names:
-                if STATISTICS[name].per != "step":
-                    self._accumulate(adapter_name, name, STATISTICS[name].of(seen))
-            for unit, count in counts.items():
-                self._count(adapter_name, unit, count)
-
-    def _accumulate(self, adapter_name: str, name: str, value: Tensor) -> None:
-        buffers = self._state(name)
-        if adapter_name not in buffers:
-            shape = STATISTICS[name].shape(self.out_features, self.in_features)
-            buffers[adapter_name] = torch.zeros(shape, dtype=torch.float32, device=value.device)
-        buffers[adapter_name] += value
-
-    def _count(self, adapter_name: str, unit: str, count: Tensor | int) -> None:
-        counts = self._state("counts")
-        if adapter_name not in counts:
-            device = self.lora_svd_A[adapter_name].device
-            counts[adapter_name] = torch.zeros(len(COUNTS), dtype=torch.int64, device=device)
-        counts[adapter_name][COUNTS.index(unit)] += count
+            self._state(name)[adapter_name] = distributed.averaged(nn.Parameter(room, requires_grad=trainable))
 
     # -- merge ---------------------------------------------------------------------------------------------------------
 
@@ -320,11 +258,7 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
             A, B = self.lora_svd_A[adapter_name], self.lora_svd_B[adapter_name]
             hidden = self.lora_svd_dropout[adapter_name](self._cast_input_dtype(x, A.dtype))
             result = result + F.linear(F.linear(hidden, A), B) * self.scaling[adapter_name]
-        result = result.to(dtype)
-        watched = {name for adapter in adapters for name in self._observed.get(adapter, ())}
-        if result.requires_grad and any(STATISTICS[name].per != "step" for name in watched):
-            result = Observe.apply(x, result, self._observe_tokens)
-        return result
+        return self._observed_output(x, result.to(dtype), adapters)
 
     def _weight_output(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """``W x + b`` with W replaced by the factors of the compressed adapters."""

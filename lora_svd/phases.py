@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from . import distributed
 from .allocation import LayerShape, check_budget, given_ranks, kept_parameters
 from .compression import (
     CompressionSettings,
@@ -21,6 +22,7 @@ from .compression import (
 from .config import LoraSVDConfig, check_param_ratio
 from .distillation import distillation_loss, label_positions
 from .errors import LoraSVDError, NumericalError, in_module
+from .importance import IMPORTANCES
 from .injection import InjectedModel, check_called
 from .layer import LoraSVDLinear
 from .schedule import Schedule, build_schedule
@@ -103,24 +105,52 @@ class PhasedModel(InjectedModel):
             if global_step == 0:
                 check_called(layers, adapter_name)
             if _gradients_are_finite(layers, adapter_name, global_step, scaled=scaled):
-                for name, layer in layers.items():
-                    with in_module(name):
-                        layer.observe_step(adapter_name)
+                self._observe_step(layers, adapter_name)
             budget = schedule.budget(global_step)
             if budget is not None:
-                self._compress(adapter_name, budget)
+                self.join_statistics(adapter_name)
+                self._compress(adapter_name, budget, together=True)
                 if config.trains_factors:
                     self._train_factors(optimizer)
         self._shared_gram.clear()
 
+    def _observe_step(self, layers: Mapping[str, LoraSVDLinear], adapter_name: str) -> None:
+        """Let the layers see the gradients of the step, with what A lets through of the inputs of all processes."""
+        observed = {name: layer for name, layer in layers.items() if layer.observes_step(adapter_name)}
+        sketches: list[Tensor | None] = [None] * len(observed)
+        if {"gradient_rows", "input_gram"} <= set(IMPORTANCES[self._config(adapter_name).importance].statistics):
+            num_tokens = [layer.num_tokens(adapter_name) for layer in observed.values()]
+            distributed.add_up(num_tokens)
+            found = [
+                layer.input_sketch(adapter_name, n) for layer, n in zip(observed.values(), num_tokens, strict=True)
+            ]
+            distributed.add_up(found)
+            sketches[:] = found
+        for index, ((name, layer), sketch) in enumerate(zip(observed.items(), sketches, strict=True)):
+            with in_module(name):
+                layer.observe_step(adapter_name, sketch, mine=distributed.owns(index))
+
+    def join_statistics(self, adapter_name: str | None = None) -> None:
+        """Give every process the sums over all of them. A hand-written loop with several processes calls it, in all of
+        them, before it saves the adapter during the warm-up; ``LoraSVDCallback`` does in a Trainer."""
+        for name in [adapter_name] if adapter_name else self.active_adapters:
+            for _, layer in self._tuner_layers(name):
+                layer.join_statistics(name)
+
     def _check_budget(self, adapter_name: str) -> None:
-        config = self._config(adapter_name)
-        keep = config.compensation == "keep"
-        shapes = {name: layer.layer_shape(adapter_name, keep=keep) for name, layer in self._tuner_layers(adapter_name)}
+        config, shapes = self._config(adapter_name), self._shapes(adapter_name)
         if config.compact_ranks and not config.compressed:
             given_ranks(config.compact_ranks, shapes, config.param_ratio, config.factor_format)
         else:
             check_budget(shapes, config.param_ratio, config.factor_format)
+
+    def has_joined_statistics(self) -> bool:
+        """Whether what would be saved are the sums over all processes."""
+        return all(layer.is_joined(name) for name in self.active_adapters for _, layer in self._tuner_layers(name))
+
+    def _shapes(self, adapter_name: str) -> dict[str, LayerShape]:
+        keep = self._config(adapter_name).compensation == "keep"
+        return {name: layer.layer_shape(adapter_name, keep=keep) for name, layer in self._tuner_layers(adapter_name)}
 
     def _train_factors(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Hand the factors that now exist to the optimizer, in the order a new one would have them, so that its saved
@@ -138,7 +168,7 @@ class PhasedModel(InjectedModel):
     def current_param_ratio(self, adapter_name: str | None = None) -> float:
         """Parameters kept / original parameters of the targeted weights as they stand: 1 until they are factorized."""
         name = adapter_name or self.active_adapters[0]
-        shapes = {key: given.shape for key, given in self._pipeline(name)[1].items()}
+        shapes = self._shapes(name)
         total = sum(shape.parameters for shape in shapes.values())
         return kept_parameters_of(self._config(name), shapes) / total
 
@@ -160,8 +190,12 @@ class PhasedModel(InjectedModel):
             raise
 
     @torch.no_grad()
-    def _compress(self, adapter_name: str, param_ratio: float) -> None:
-        """Choose ranks for the budget and let factors stand for the weights. Nothing changes if a layer fails."""
+    def _compress(self, adapter_name: str, param_ratio: float, *, together: bool = False) -> None:
+        """Choose ranks for the budget and let factors stand for the weights. Nothing changes if a layer fails.
+
+        ``together``: all processes call it, and each computes its share of the layers.
+        """
+        divide = distributed.divide if together else distributed.alone
         config = self._config(adapter_name)
         if config.trains_factors and adapter_name not in self._trained:
             self._trained[adapter_name] = {
@@ -169,7 +203,7 @@ class PhasedModel(InjectedModel):
                 for name, layer in self._tuner_layers(adapter_name)
                 if (factors := layer.factors(adapter_name)) is not None
             }
-        layers, inputs, settings = self._pipeline(adapter_name)
+        layers, inputs, settings = self._pipeline(adapter_name, gather=together)
         if not config.compressed:  # afterwards compact_ranks is what is in force, chosen or given
             self._given_ranks[adapter_name] = config.compact_ranks
         given = self._given_ranks.get(adapter_name)
@@ -179,15 +213,16 @@ class PhasedModel(InjectedModel):
             shapes = {name: layer.shape for name, layer in inputs.items()}
             ranks = given_ranks(given, shapes, config.param_ratio, config.factor_format)
         else:
-            ranks = choose_ranks(inputs, compute_spectra(inputs, settings), param_ratio, settings)
-        factors = dict(factorize(inputs, ranks, settings))
+            spectra = divide(inputs, lambda share: compute_spectra(share, settings).items())
+            ranks = choose_ranks(inputs, spectra, param_ratio, settings)
+        factors = divide(inputs, lambda share: factorize(share, ranks, settings))
         config.compact_ranks, config.compressed = ranks, True
         for name, layer in layers.items():
             layer.set_factors(adapter_name, factors[name], trainable=config.trains_factors)
             layer.observe(adapter_name, config)
 
     def _pipeline(
-        self, adapter_name: str
+        self, adapter_name: str, *, gather: bool = False
     ) -> tuple[dict[str, LoraSVDLinear], dict[str, LayerInput], CompressionSettings]:
         config = self._config(adapter_name)
         layers = dict(self._tuner_layers(adapter_name))
@@ -195,11 +230,11 @@ class PhasedModel(InjectedModel):
         inputs = {
             name: LayerInput(
                 shape=layer.layer_shape(adapter_name, keep=keep),
-                weight=lambda layer=layer: layer.dense_weight().detach().cpu().double(),
+                weight=_weight_reader(name, layer, gather=gather, mine=distributed.owns(index)),
                 statistics=lambda layer=layer: layer.statistics(adapter_name),
                 trained=self._trained.get(adapter_name, {}).get(name),
             )
-            for name, layer in layers.items()
+            for index, (name, layer) in enumerate(layers.items())
         }
         settings = CompressionSettings(
             importance=config.importance,
@@ -212,6 +247,20 @@ class PhasedModel(InjectedModel):
             column_shrinkage=config.column_shrinkage,
         )
         return layers, inputs, settings
+
+
+def _weight_reader(name: str, layer: LoraSVDLinear, *, gather: bool, mine: bool) -> Callable[[], Tensor]:
+    """Returns the weight, (out, in), on the CPU in float64. A sharded one is gathered at once, by all processes
+    together, and kept where it is factorized."""
+    if not distributed.is_sharded(layer.get_base_layer().weight):
+        return lambda: layer.dense_weight().detach().cpu().double()
+    if not gather:
+        raise LoraSVDError(
+            f"{name}: its weight is sharded over several processes. Save the adapter (trainer.save_model), and choose "
+            "another size or merge in one process, after PeftModel.from_pretrained(model, folder)"
+        )
+    weight = distributed.whole(layer.dense_weight().detach())
+    return (weight.cpu() if mine else weight.new_empty(0)).double
 
 
 def kept_parameters_of(config: LoraSVDConfig, shapes: Mapping[str, LayerShape]) -> int:
@@ -237,7 +286,7 @@ def _gradients_are_finite(
 ) -> bool:
     """Raise, or warn if ``scaled``, if a gradient of the bypass is not finite; one transfer for all layers."""
     sums = {
-        name: gradient.float().sum()
+        name: distributed.whole(gradient.float().sum())
         for name, layer in layers.items()
         for parameter in (layer.lora_svd_A[adapter_name], layer.lora_svd_B[adapter_name])
         if (gradient := parameter.grad) is not None

@@ -54,6 +54,11 @@ def compress(recipe: Recipe, say: Callable[[str], None]) -> RunReport:
     Raises:
         LoraSVDError: the recipe cannot be carried out, or the saved model differs from the one in memory.
     """
+    if recipe.training.world_size > 1:
+        raise LoraSVDError(
+            f"lora-svd compress: started in {recipe.training.world_size} processes, expected one. Several can train "
+            "with Trainer and LoraSVDCallback in a script; save its adapter, and merge that in one process"
+        )
     with recorded_messages() as messages:
         return _compress(recipe, say, messages)
 

@@ -48,17 +48,17 @@ class TokenObservation:
 class StepObservation:
     """One optimizer step of one layer, gradients accumulated and clipped: what the optimizer is about to use.
 
-    weight: (out, in), lora_A: (r, in), lora_B: (out, r), scaling: s. float32. input_gram: ``X = E[x x^T]`` (in, in)
-    over the tokens observed so far, where a statistic of the same preset collects it.
+    weight: (out, in), where a statistic asks for it; lora_A: (r, in), lora_B: (out, r), scaling: s. float32.
+    input_sketch: :func:`input_sketch` of the tokens observed so far, where a statistic of the same preset collects X.
     """
 
-    weight: Tensor
+    weight: Tensor | None
     lora_A: Tensor
     lora_B: Tensor
     grad_A: Tensor
     grad_B: Tensor
     scaling: float
-    input_gram: Tensor | None = None
+    input_sketch: Tensor | None = None
 
 
 class SharedGram:
@@ -110,7 +110,13 @@ def minnorm_gradient(step: StepObservation) -> Tensor:
     onto_A = torch.linalg.pinv(A @ A.T, hermitian=True) @ A
     from_B = B @ torch.linalg.pinv(B.T @ B, hermitian=True)
     estimate = grad_B @ onto_A + from_B @ grad_A - from_B @ (B.T @ grad_B) @ onto_A
-    return (estimate / step.scaling).to(step.weight.dtype)
+    return (estimate / step.scaling).to(step.lora_A.dtype)
+
+
+def input_sketch(lora_A: Tensor, input_gram: Tensor) -> Tensor:
+    """``M = A X A^T``, (r, r), float64: what A (r, in) lets through of ``X = E[x x^T]`` (in, in)."""
+    A = lora_A.double()
+    return A @ input_gram.double() @ A.T
 
 
 def gradient_rows(step: StepObservation) -> Tensor:
@@ -121,17 +127,17 @@ def gradient_rows(step: StepObservation) -> Tensor:
     Whitening by M keeps the few large directions of the input from drowning the others, which the norms of the rows of
     dB, or LoRAPrune's sensitivity divided by the energy of weights and input, do not.
     """
-    if step.input_gram is None:
+    if step.input_sketch is None:
         raise LoraSVDError("gradient_rows: collect input_gram in the same importance preset; it whitens the gradient")
-    A = step.lora_A.double()
-    sketch = shrink(A @ step.input_gram.double() @ A.T, 1e-6)
+    sketch = shrink(step.input_sketch, 1e-6)
     grad_B = step.grad_B.double()
     whitened = torch.linalg.solve(sketch, grad_B.T).T
-    return ((grad_B * whitened).sum(1) / (step.scaling**2 * len(A))).to(step.grad_B.dtype)
+    return ((grad_B * whitened).sum(1) / (step.scaling**2 * len(step.lora_A))).to(step.grad_B.dtype)
 
 
 def _sensitivity_rows(gradient: Tensor, step: StepObservation) -> Tensor:
     """``J_i = sum_j ( G_ij ((BA)_ij + w_ij) )^2``, (out,)."""
+    assert step.weight is not None
     return (gradient * (step.lora_B @ step.lora_A + step.weight)).square().sum(1)
 
 
@@ -151,11 +157,13 @@ class Statistic:
         shape: ``(out, in) -> shape`` of the sum.
         per: what the sum runs over and is divided by: "token", "sample" or "step".
         of: the summand over one observation (tokens and samples of a backward pass, or an optimizer step).
+        of_weight: whether the summand depends on the frozen weight, which is costly to dequantize or gather.
     """
 
     shape: Callable[[int, int], tuple[int, ...]]
     per: str
     of: Callable[..., Tensor]
+    of_weight: bool = False
 
 
 STATISTICS: dict[str, Statistic] = {
@@ -164,9 +172,11 @@ STATISTICS: dict[str, Statistic] = {
     "output_gram": Statistic(lambda m, _: (m, m), "token", lambda seen: gram(seen.g.flatten(0, 1))),
     "output_square": Statistic(lambda m, _: (m,), "token", lambda seen: seen.g.square().sum((0, 1))),
     "weight_gradient_rows": Statistic(lambda m, _: (m,), "sample", _weight_gradient_rows),
-    "lora_rows": Statistic(lambda m, _: (m,), "step", lambda step: _sensitivity_rows(lora_gradient(step), step)),
+    "lora_rows": Statistic(lambda m, _: (m,), "step", lambda step: _sensitivity_rows(lora_gradient(step), step), True),
     "gradient_rows": Statistic(lambda m, _: (m,), "step", gradient_rows),
-    "minnorm_rows": Statistic(lambda m, _: (m,), "step", lambda step: _sensitivity_rows(minnorm_gradient(step), step)),
+    "minnorm_rows": Statistic(
+        lambda m, _: (m,), "step", lambda step: _sensitivity_rows(minnorm_gradient(step), step), True
+    ),
 }
 
 COUNTS = ("token", "sample", "step")

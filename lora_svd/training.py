@@ -11,15 +11,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .checkpoints import seal
+from .distributed import check_engine, is_sharded
 from .errors import LoraSVDError
 from .model import LoraSVDModel
+from .schedule import Schedule
 
 
 class LoraSVDCallback(TrainerCallback):
     """Calls ``update_and_allocate`` before every optimizer step of a ``Trainer``. Nothing to configure.
 
     At that point gradients are accumulated, averaged over processes, unscaled and clipped, and the weights are those
-    that the gradients belong to.
+    that the gradients belong to. Before a checkpoint is saved, the statistics of all processes are added up.
     """
 
     def on_train_begin(
@@ -30,10 +32,12 @@ class LoraSVDCallback(TrainerCallback):
         model: nn.Module | None = None,
         **_: Any,
     ) -> None:
-        """Check before the first step that the schedule fits the run."""
+        """Check before the first step that the schedule fits the run, and that layers can be observed in it."""
         tuner = find_tuner(model)
+        check_engine(args, tuner)
         for adapter_name in tuner.active_adapters:
-            tuner.schedule(adapter_name, state.max_steps)
+            schedule = tuner.schedule(adapter_name, state.max_steps)
+            _check_sharding(tuner, adapter_name, schedule, state.global_step)
 
     def on_pre_optimizer_step(
         self,
@@ -51,16 +55,53 @@ class LoraSVDCallback(TrainerCallback):
         optimizer = getattr(optimizer, "optimizer", optimizer)
         find_tuner(model).update_and_allocate(state.global_step, state.max_steps, optimizer, scaled=scaled)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Save nothing after the last step of the run."""
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        """Add up the statistics of all processes if a checkpoint follows, or may follow; none does after the run."""
         control.should_save &= state.global_step <= state.max_steps
+        if control.should_save or (control.should_evaluate and args.save_strategy == "best"):
+            find_tuner(model).join_statistics()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Write the checksums by which damage to a checkpoint is found."""
+    on_epoch_end = on_step_end
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        """Write the checksums by which damage to a checkpoint is found.
+
+        Raises:
+            LoraSVDError: its statistics are not those of all processes.
+        """
+        if not find_tuner(model).has_joined_statistics():
+            raise LoraSVDError(
+                f"LoraSVDCallback: the checkpoint of step {state.global_step} was saved without its statistics, since "
+                "a later callback asked for it; put LoraSVDCallback behind the callbacks that set control.should_save"
+            )
         PartialState().wait_for_everyone()
         folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():  # a search for hyperparameters saves elsewhere
             seal(folder)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        find_tuner(model).join_statistics()
 
     def on_log(
         self,
@@ -86,3 +127,33 @@ def find_tuner(model: nn.Module | None) -> LoraSVDModel:
         f"LoraSVDCallback: {type(model).__name__} has no LoraSVD adapter; make it with "
         "get_peft_model(model, LoraSVDConfig(...))"
     )
+
+
+def _check_sharding(tuner: LoraSVDModel, adapter_name: str, schedule: Schedule, global_step: int) -> None:
+    """Refuse what weights sharded by FSDP2 do not allow.
+
+    Raises:
+        LoraSVDError: trained factors, a quantized base, or a run resumed without its statistics or factors.
+    """
+    config, layers = tuner._config(adapter_name), [layer for _, layer in tuner._tuner_layers(adapter_name)]
+    if config.param_ratio == 1 or not any(map(is_sharded, tuner.parameters())):
+        return
+    if config.train_factors:
+        raise LoraSVDError(
+            "train_factors: got True with FSDP2, which shards and averages only the parameters that it finds at the "
+            "start; expected False, or DDP"
+        )
+    if any(layer.quantization_backend is not None for layer in layers):
+        raise LoraSVDError("FSDP2: got a quantized base, whose shards cannot be dequantized; expected DDP")
+    seen = config.compressed or any(layer.statistics(adapter_name).counts["step"] for layer in layers)
+    if global_step and (not seen or (global_step >= schedule.warmup_end and not config.compressed)):
+        raise LoraSVDError(
+            f"FSDP2: resumed at step {global_step} without statistics or factors, which Trainer cannot load into a "
+            "sharded model. Make the model with PeftModel.from_pretrained(base, checkpoint, is_trainable=True) and "
+            "pass the checkpoint to trainer.train as well"
+        )
+    if config.compressed and global_step < schedule.compression_end:
+        raise LoraSVDError(
+            f"FSDP2: resumed at step {global_step}, while the budget falls until step {schedule.compression_end}; "
+            f"factors that are sharded cannot be replaced. Resume from a step before {schedule.warmup_end}"
+        )

@@ -8,7 +8,14 @@ from torch import nn
 
 from lora_svd import LoraSVDConfig, LoraSVDError
 from lora_svd.importance import IMPORTANCES
-from lora_svd.statistics import STATISTICS, LayerStatistics, StepObservation, gradient_rows, minnorm_gradient
+from lora_svd.statistics import (
+    STATISTICS,
+    LayerStatistics,
+    StepObservation,
+    gradient_rows,
+    input_sketch,
+    minnorm_gradient,
+)
 
 # -- a case small enough for pencil and paper --------------------------------------------------------------------------
 #
@@ -204,7 +211,7 @@ def test_gradient_rows_estimate_the_diagonal_of_the_gradient_covariance():
         nothing = torch.zeros(5, 4, dtype=torch.float64)
         seen = StepObservation(
             weight=torch.zeros(5, 9), lora_A=A, lora_B=nothing, grad_A=nothing.T, grad_B=2.5 * g.T @ x @ A.T,
-            scaling=2.5, input_gram=X_root @ X_root.T,
+            scaling=2.5, input_sketch=input_sketch(A, X_root @ X_root.T),
         )  # fmt: skip
         rows.append(gradient_rows(seen))
     expected = tokens * (C_root @ C_root.T).diagonal()

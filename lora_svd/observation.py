@@ -1,0 +1,172 @@
+"""``ObservedLayer``: how a layer adds up its statistics, in one process or in its part of several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping
+from typing import TYPE_CHECKING
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from . import distributed
+from .importance import IMPORTANCES
+from .peft_type import PREFIX
+from .statistics import (
+    COUNTS,
+    STATISTICS,
+    LayerStatistics,
+    Observe,
+    SharedGram,
+    StepObservation,
+    input_sketch,
+    observe_tokens,
+)
+
+if TYPE_CHECKING:
+    from .config import LoraSVDConfig
+
+STATE = (*STATISTICS, "counts")
+
+
+class ObservedLayer(nn.Module, BaseTunerLayer):
+    """Sums over tokens and steps, by adapter, in buffers that are saved with it.
+
+    While several processes train, each keeps its part of the sums to itself, outside of the buffers, which DDP would
+    overwrite. :meth:`join_statistics` adds the parts up and puts the totals into the buffers of every process; from the
+    next observation on, process 0 continues with the totals and the others from nothing, so nothing counts twice.
+    """
+
+    lora_svd_A: nn.ParameterDict
+    lora_svd_B: nn.ParameterDict
+    scaling: dict[str, float]
+    in_features: int
+    out_features: int
+
+    def dense_weight(self) -> Tensor:
+        """The frozen weight, (out, in)."""
+        raise NotImplementedError
+
+    def _init_observation(self, shared: SharedGram) -> None:
+        for name in STATE:
+            setattr(self, PREFIX + name, BufferDict(persistent=True))
+        self._parts: dict[str, dict[str, Tensor]] = {name: {} for name in STATE}
+        self._observed: dict[str, tuple[str, ...]] = {}
+        self._shared = shared
+
+    def _state(self, name: str) -> MutableMapping[str, Tensor]:
+        """The saved tensors of that name, by adapter."""
+        return getattr(self, PREFIX + name)
+
+    def observe(self, adapter_name: str, config: LoraSVDConfig) -> None:
+        """Collect statistics for this adapter while it trains and its weight is whole; keep what there is otherwise."""
+        self._observed.pop(adapter_name, None)
+        if not (config.compressed or config.inference_mode or config.param_ratio == 1):
+            self._observed[adapter_name] = IMPORTANCES[config.importance].statistics
+
+    def statistics(self, adapter_name: str) -> LayerStatistics:
+        """What was observed for this adapter, on the CPU."""
+        sums = {n: self._state(n)[adapter_name].cpu() for n in STATISTICS if adapter_name in self._state(n)}
+        counts = self._state("counts")
+        seen = counts[adapter_name].tolist() if adapter_name in counts else [0] * len(COUNTS)
+        return LayerStatistics(sums, dict(zip(COUNTS, seen, strict=True)))
+
+    def observes_step(self, adapter_name: str) -> bool:
+        """Whether this adapter is observed and has gradients."""
+        A, B = self.lora_svd_A[adapter_name], self.lora_svd_B[adapter_name]
+        return adapter_name in self._observed and A.grad is not None and B.grad is not None
+
+    def observe_step(self, adapter_name: str, sketch: Tensor | None, *, mine: bool) -> None:
+        """Add the gradients that the optimizer is about to use to the statistics of this adapter.
+
+        They are the same in every process: the one for which ``mine`` is True adds them. sketch: :meth:`input_sketch`.
+        """
+        names = [name for name in self._observed[adapter_name] if STATISTICS[name].per == "step"]
+        if names:
+            A, B = self.lora_svd_A[adapter_name], self.lora_svd_B[adapter_name]
+            parts = (self.dense_weight() if any(STATISTICS[name].of_weight for name in names) else None, A, B)
+            tensors = [None if t is None else distributed.whole(t.detach()).float() for t in (*parts, A.grad, B.grad)]
+            step = StepObservation(*tensors, scaling=self.scaling[adapter_name], input_sketch=sketch)  # pyright: ignore[reportArgumentType]
+            with torch.autocast(device_type=A.device.type, enabled=False):
+                for name in names if mine else ():
+                    self._accumulate(adapter_name, name, STATISTICS[name].of(step))
+        if mine:
+            self._count(adapter_name, "step", 1)
+
+    def num_tokens(self, adapter_name: str) -> Tensor:
+        """Tokens that this process has observed."""
+        counts = self._sums("counts", adapter_name)
+        seen = counts[adapter_name] if adapter_name in counts else self._zeros("counts")
+        return seen[COUNTS.index("token")].clone()
+
+    def input_sketch(self, adapter_name: str, num_tokens: Tensor) -> Tensor:
+        """``A X A^T`` with X of the tokens that this process has observed, of ``num_tokens`` in all."""
+        grams, A = self._sums("input_gram", adapter_name), distributed.whole(self.lora_svd_A[adapter_name].detach())
+        gram = grams[adapter_name] if adapter_name in grams else self._zeros("input_gram")
+        with torch.autocast(device_type=A.device.type, enabled=False):
+            return input_sketch(A.float(), gram / num_tokens.clamp_min(1))  # 0 while all output gradients are zero
+
+    def join_statistics(self, adapter_name: str) -> None:
+        """Give every process the sums over all of them; what is added afterwards is its own part again."""
+        if distributed.world_size() == 1 or adapter_name not in self._observed:
+            return
+        for name in (*self._observed[adapter_name], "counts"):
+            total = self._sums(name, adapter_name).pop(adapter_name, None)
+            total = self._zeros(name) if total is None else total
+            distributed.add_up([total])
+            self._state(name)[adapter_name] = total
+
+    def is_joined(self, adapter_name: str) -> bool:
+        """Whether the saved sums are those over all processes."""
+        return not any(adapter_name in parts for parts in self._parts.values())
+
+    def _observed_output(self, x: Tensor, y: Tensor, adapters: Iterable[str]) -> Tensor:
+        """y, whose gradient will be observed if a statistic of the adapters looks at tokens."""
+        watched = {name for adapter in adapters for name in self._observed.get(adapter, ())}
+        if y.requires_grad and any(STATISTICS[name].per != "step" for name in watched):
+            return Observe.apply(x, y, self._observe_tokens)
+        return y
+
+    def _observe_tokens(self, x: Tensor, g: Tensor) -> None:
+        if distributed.world_size() > 1:  # the loss is the mean over processes
+            g = g.float() / distributed.world_size()
+        seen, counts = observe_tokens(x, g, self._shared)
+        for adapter_name, names in self._observed.items():
+            if adapter_name not in self.active_adapters:
+                continue
+            for name in names:
+                if STATISTICS[name].per != "step":
+                    self._accumulate(adapter_name, name, STATISTICS[name].of(seen))
+            for unit, count in counts.items():
+                self._count(adapter_name, unit, count)
+
+    def _accumulate(self, adapter_name: str, name: str, value: Tensor) -> None:
+        sums = self._sums(name, adapter_name)
+        if adapter_name not in sums:
+            sums[adapter_name] = self._zeros(name)
+        sums[adapter_name] += value
+
+    def _count(self, adapter_name: str, unit: str, count: Tensor | int) -> None:
+        counts = self._sums("counts", adapter_name)
+        if adapter_name not in counts:
+            counts[adapter_name] = self._zeros("counts")
+        counts[adapter_name][COUNTS.index(unit)] += count
+
+    def _sums(self, name: str, adapter_name: str) -> MutableMapping[str, Tensor]:
+        """Where sums are added up. Of several processes each has its part; one of them goes on with what is saved."""
+        saved = self._state(name)
+        if distributed.world_size() == 1:
+            return saved
+        if adapter_name in saved:
+            total = saved[adapter_name]
+            del saved[adapter_name]
+            if distributed.owns(0):
+                self._parts[name][adapter_name] = total
+        return self._parts[name]
+
+    def _zeros(self, name: str) -> Tensor:
+        device = self.lora_svd_A[next(iter(self.lora_svd_A))].device
+        if name == "counts":
+            return torch.zeros(len(COUNTS), dtype=torch.int64, device=device)
+        return torch.zeros(STATISTICS[name].shape(self.out_features, self.in_features), device=device)
