@@ -20,6 +20,7 @@ def test_every_benchmark_is_run_here() -> None:
     parts = {"accuracy.py", "common.py", "figure.py", "lora_prune.py", "neuron_selection.py"}
     assert {path.name for path in (ROOT / "recipes/benchmarks").glob("*.py")} - parts == {
         "four_bit.py",
+        "kill_and_resume.py",  # in test_torn_checkpoints.py
         "language_model.py",
     }
 

@@ -177,12 +177,12 @@ class TestCompress:
     def test_a_full_disk_is_said_in_one_line(
         self, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ):
-        def no_space(*_: Any) -> None:
+        def no_space(*_: Any, **__: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("lora_svd.run.save_compact", no_space)
+        monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", no_space)
         line = fails(capsys, "compress", write_recipe(folder))
-        assert "output_dir: cannot save to" in line
+        assert "folder: cannot save to" in line
         assert "No space left on device" in line
 
     @pytest.mark.parametrize(

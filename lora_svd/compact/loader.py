@@ -203,8 +203,8 @@ def _replace(model: PreTrainedModel, name: str, dense: nn.Module, rank: int, fac
         in_features, out_features = dense.nx, dense.nf
     elif isinstance(dense, nn.Linear):
         in_features, out_features = dense.in_features, dense.out_features
-    elif isinstance(dense, nn.Identity):  # stands for a head that this class of model does not have
-        return
+    elif isinstance(dense, nn.Identity | LowRankLinear):
+        return  # stands for a head that this class of model does not have; or the code of the folder has put it there
     else:
         raise LoraSVDError(
             f"{name}: named in this compact checkpoint's ranks, but it is {type(dense).__name__}, expected a linear "
