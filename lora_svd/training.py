@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from accelerate import PartialState
 from torch import nn
@@ -25,65 +25,41 @@ class LoraSVDCallback(TrainerCallback):
     """
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Check before the first step that the schedule fits the run, and that layers can be observed in it."""
-        tuner = find_tuner(model)
+        tuner = find_tuner(given["model"])
         check_engine(args, tuner)
         for adapter_name in tuner.active_adapters:
             schedule = tuner.schedule(adapter_name, state.max_steps)
             _check_sharding(tuner, adapter_name, schedule, state.global_step)
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         if state.global_step >= state.max_steps:  # Trainer takes one step too many if a finished run is resumed
-            cast(nn.Module, model).zero_grad()
+            given["model"].zero_grad()
             return
-        optimizer = kwargs["optimizer"]  # accelerate wraps the one that owns the parameter groups
+        optimizer = given["optimizer"]  # accelerate wraps the one that owns the parameter groups
         scaled = getattr(optimizer, "scaler", None) is not None
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        find_tuner(model).update_and_allocate(state.global_step, state.max_steps, optimizer, scaled=scaled)
+        find_tuner(given["model"]).update_and_allocate(state.global_step, state.max_steps, optimizer, scaled=scaled)
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **_: Any,
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Add up the statistics of all processes if a checkpoint follows, or may follow; none does after the run."""
         control.should_save &= state.global_step <= state.max_steps
         if control.should_save or (control.should_evaluate and args.save_strategy == "best"):
-            find_tuner(model).join_statistics()
+            find_tuner(given["model"]).join_statistics()
 
     on_epoch_end = on_step_end
 
-    def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **_: Any,
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Write the checksums by which damage to a checkpoint is found.
 
         Raises:
             LoraSVDError: its statistics are not those of all processes.
         """
-        if not find_tuner(model).has_joined_statistics():
+        if not find_tuner(given["model"]).has_joined_statistics():
             raise LoraSVDError(
                 f"LoraSVDCallback: the checkpoint of step {state.global_step} was saved without its statistics, since "
                 "a later callback asked for it; put LoraSVDCallback behind the callbacks that set control.should_save"
@@ -93,28 +69,20 @@ class LoraSVDCallback(TrainerCallback):
         if state.is_world_process_zero and folder.is_dir():  # a search for hyperparameters saves elsewhere
             seal(folder)
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **_: Any,
-    ) -> None:
-        find_tuner(model).join_statistics()
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        find_tuner(given["model"]).join_statistics()
 
     def on_log(
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module | None = None,
         logs: dict[str, float] | None = None,
-        **_: Any,
+        **given: Any,
     ) -> None:
         """Add the size of the model to the Trainer's log and to what later callbacks report."""
         if logs is not None:
-            logs["param_ratio"] = find_tuner(model).current_param_ratio()
+            logs["param_ratio"] = find_tuner(given["model"]).current_param_ratio()
             state.log_history[-1]["param_ratio"] = logs["param_ratio"]
 
 
