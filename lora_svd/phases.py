@@ -225,11 +225,10 @@ class PhasedModel(InjectedModel):
         self, adapter_name: str, *, gather: bool = False
     ) -> tuple[dict[str, LoraSVDLinear], dict[str, LayerInput], CompressionSettings]:
         config = self._config(adapter_name)
-        layers = dict(self._tuner_layers(adapter_name))
-        keep = config.compensation == "keep"
+        layers, shapes = dict(self._tuner_layers(adapter_name)), self._shapes(adapter_name)
         inputs = {
             name: LayerInput(
-                shape=layer.layer_shape(adapter_name, keep=keep),
+                shape=shapes[name],
                 weight=_weight_reader(name, layer, gather=gather, mine=distributed.owns(index)),
                 statistics=lambda layer=layer: layer.statistics(adapter_name),
                 trained=self._trained.get(adapter_name, {}).get(name),

@@ -21,13 +21,11 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .compact import LowRankLinear, dense_weight, keep_unpacked, stored_weight
-from .compact.checks import check_inside
+from .compact.checks import check_inside, names_in_model
 from .compact.loader import spellings
 from .compact.stored import full_precision, is_quantized
 from .errors import LoraSVDError
@@ -146,11 +144,8 @@ class _Tensors:
         self._ranks = (getattr(model.config, "quantization_config", None) or {}).get("ranks", {})
         # Some models have other names in memory than in their files; what is put together from several tensors while
         # it is loaded is no linear layer of the file.
-        changes = get_model_conversion_mapping(model)
-        converters = [change for change in changes if isinstance(change, WeightConverter)]
-        renamings = [change for change in changes if isinstance(change, WeightRenaming)]
-        renamed = {key: rename_source_key(key, renamings, converters) for key in self._file_of}
-        self._stored = {name: key for key, (name, converted) in renamed.items() if converted is None}
+        names = names_in_model(model, self._file_of)
+        self._stored = {name: key for key, (name, converted) in names.items() if not converted}
 
     def _files(self) -> Mapping[str, str]:
         """The file of each tensor."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -62,12 +63,17 @@ def saved_shapes(files: Iterable[str], folder: str | None, checksums: Mapping[st
     return shapes
 
 
-def names_in_model(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, tuple[str, bool]]:
-    """Name in the model of each saved tensor, and whether it is put together from several while it is loaded."""
+def names_in_model(
+    model: PreTrainedModel, keys: Iterable[str], known: dict[str, Tensor] | None = None
+) -> dict[str, tuple[str, bool]]:
+    """Name in the model of each saved tensor, and whether it is put together from several while it is loaded.
+
+    With ``known``, the model's state dict, a model with a head is found in the files of one without, and the reverse.
+    """
     changes = get_model_conversion_mapping(model)
     converters = [change for change in changes if isinstance(change, WeightConverter)]
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]
-    prefix, known = model.base_model_prefix, model.state_dict()
+    prefix = None if known is None else model.base_model_prefix
     renamed = {key: rename_source_key(key, renamings, converters, prefix, known) for key in keys}
     return {key: (name, pattern is not None) for key, (name, pattern) in renamed.items()}
 
@@ -79,8 +85,9 @@ def check_tensors(model: PreTrainedModel, shapes: Mapping[str, list[int]], packe
     its low-rank layers. Shapes are compared except of ``packed`` tensors and of heads, for which there is
     ``ignore_mismatched_sizes``.
     """
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    names = names_in_model(model, shapes)
+    state = model.state_dict()
+    expected = {name: list(tensor.shape) for name, tensor in state.items()}
+    names = names_in_model(model, shapes, state)
     saved = {name for name, _ in names.values()}
     ours = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LowRankLinear))
     complete = type(model).__name__ in (model.config.architectures or ())

@@ -114,13 +114,15 @@ def _quantize_factors(module: LowRankLinear, config: BitsAndBytesConfig, metrics
     left, right = (factor.weight.detach().cpu().double() for factor in (module.left, module.right))
     left, right = mix(nn.functional.pad(left, (0, padding)), nn.functional.pad(right, (0, 0, 0, padding)))
     device, refitted = module.left.weight.device, right
-    for _ in range(PASSES):
+    for turn in range(PASSES):
+        if turn:
+            rounded_left = full_precision(module.left).cpu().double()
+            refitted = refit_left(right.T, left.T, rounded_left.T, metrics.row).T
         module.right = _quantized(refitted.to(device, dtype), config, metrics.column, None)
         rounded = full_precision(module.right).cpu().double()
         gram = rounded @ metric_times(metrics.column, rounded.T)
-        refitted = refit_left(left, right, rounded, metrics.column)
-        module.left = _quantized(refitted.to(device, dtype), config, gram, bias)
-        refitted = refit_left(right.T, left.T, full_precision(module.left).cpu().double().T, metrics.row).T
+        refitted_left = refit_left(left, right, rounded, metrics.column)
+        module.left = _quantized(refitted_left.to(device, dtype), config, gram, bias)
     module.rank = rank
     return module
 
