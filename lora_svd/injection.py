@@ -217,14 +217,21 @@ def _is_quantized_linear(module: nn.Module) -> bool:
 
 
 def check_called(layers: Mapping[str, LoraSVDLinear], adapter_name: str) -> None:
-    """Raise if the model computes with the weight of a targeted layer and does not call the layer.
+    """Raise if the model computes with the weight of a targeted layer and does not call the layer, after a backward
+    pass: its bypass would not be trained, and the model that is saved could not use its factors.
 
-    Its bypass would not be trained, and the model that is saved could not use its factors. After a backward pass; a
-    layer that was neither called nor read, such as an expert without tokens, is none of these.
+    Warn of layers that were neither called nor read: a pooler without a part in the loss stops the run when its warm-up
+    is over, an expert without tokens may get some in a later batch.
     """
-    bypassed = [
-        name for name, layer in layers.items() if layer.weight_was_read and layer.lora_svd_B[adapter_name].grad is None
-    ]
+    untrained = [name for name, layer in layers.items() if layer.lora_svd_B[adapter_name].grad is None]
+    bypassed = [name for name in untrained if layers[name].weight_was_read]
+    unused = [name for name in untrained if name not in bypassed]
+    if unused and len(untrained) < len(layers):
+        warnings.warn(
+            f"{_shortened(unused)} had no part in the loss of the first batch. A layer that has none in the whole "
+            f"warm-up cannot be compressed: leave it out then, exclude_modules={_patterns(unused, layers)}",
+            stacklevel=3,
+        )
     if bypassed:
         raise LoraSVDError(
             f"target_modules: the model uses the weights of {_shortened(bypassed)} and does not call these layers, so "

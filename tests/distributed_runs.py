@@ -103,12 +103,12 @@ def killed_in_warmup(folder: Path) -> PeftModel:
     return train(folder, callbacks=[LoraSVDCallback(), KilledAtStep(3)])
 
 
-def killed_while_factorizing(folder: Path) -> PeftModel:
+def killed_while_factorizing(folder: Path, **options: Any) -> PeftModel:
     phases.compute_spectra = lambda *_: kill(rank=1) or {}
-    return train(folder)
+    return train(folder, **options)
 
 
-def killed_while_saving(folder: Path) -> PeftModel:
+def killed_while_saving(folder: Path, **options: Any) -> PeftModel:
     save = Trainer._save_optimizer_and_scheduler
 
     def save_optimizer(self: Trainer, output_dir: str) -> None:
@@ -117,7 +117,7 @@ def killed_while_saving(folder: Path) -> PeftModel:
         save(self, output_dir)
 
     Trainer._save_optimizer_and_scheduler = save_optimizer
-    return train(folder)
+    return train(folder, **options)
 
 
 # -- other ways --------------------------------------------------------------------------------------------------------
@@ -254,8 +254,10 @@ RUNS: dict[str, Callable[[Path], Any]] = {
     "everything-from-4": partial(train, config=EVERYTHING, resume="everything/checkpoint-4"),
     "by-hand": by_hand,
     "fsdp": partial(train, config=DISTILLED, **FSDP),
-    "fsdp-from-4": partial(train, resume="fsdp/checkpoint-4", reload=True, **FSDP),
-    "fsdp-from-6": partial(train, resume="fsdp/checkpoint-6", reload=True, **FSDP),
+    "fsdp-killed-while-factorizing": partial(killed_while_factorizing, config=DISTILLED, **FSDP),
+    "fsdp-from-4": partial(train, resume="fsdp-killed-while-factorizing/checkpoint-4", reload=True, **FSDP),
+    "fsdp-killed-while-saving": partial(killed_while_saving, config=DISTILLED, **FSDP),
+    "fsdp-from-6": partial(train, resume="fsdp-killed-while-saving/checkpoint-6", reload=True, **FSDP),
     "fsdp-minnorm": partial(train, config=MINNORM, **ACCUMULATED, **FSDP),
     "refused": partial(refused, {"late save": late_save, "failing layer": failing_layer, "command": command_line}),
     "refused-with-fsdp": refused_with_fsdp,

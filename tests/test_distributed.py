@@ -99,8 +99,8 @@ def test_loop_by_hand_ends_like_that_of_one_process(runs: Path, tmp_path: Path) 
         ("ddp-killed-while-factorizing", "ddp-from-4", "ddp"),
         ("ddp-killed-while-saving", "ddp-from-6", "ddp"),
         (None, "everything-from-4", "everything"),
-        (None, "fsdp-from-4", "fsdp"),
-        (None, "fsdp-from-6", "fsdp"),
+        ("fsdp-killed-while-factorizing", "fsdp-from-4", "fsdp"),
+        ("fsdp-killed-while-saving", "fsdp-from-6", "fsdp"),
     ],
 )
 def test_run_of_which_a_process_was_killed_is_resumed(killed: str | None, resumed: str, whole: str, runs: Path) -> None:
@@ -163,9 +163,11 @@ def begin(trainer: Trainer) -> None:
     [
         ({"distributed_type": DistributedType.DEEPSPEED}, "DeepSpeed, which .* frees the gradients"),
         ({"distributed_type": DistributedType.MEGATRON_LM}, "MEGATRON_LM"),
+        ({"distributed_type": DistributedType.XLA}, "XLA"),
         ({"fsdp_plugin": FullyShardedDataParallelPlugin(fsdp_version=1)}, "FSDP1, which flattens"),
         ({"parallelism_config": ParallelismConfig(tp_size=2)}, "tensor parallelism"),
         ({"parallelism_config": ParallelismConfig(cp_size=2)}, "context parallelism"),
+        ({"parallelism_config": ParallelismConfig(sp_size=2)}, "sequence parallelism"),
     ],
 )
 def test_engine_is_refused_before_training(found: dict[str, Any], says: str, trainer: Trainer) -> None:

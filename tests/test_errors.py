@@ -283,10 +283,10 @@ def test_trainer_whose_model_is_not_ours(tmp_path: Path) -> None:
         trainer.train()
 
 
-@pytest.mark.parametrize("value", [0, 1.5, math.nan])
-def test_set_param_ratio_out_of_range(value: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [0, 1.5, math.nan, True, None, "0.5"])
+def test_set_param_ratio_out_of_range(value: Any, tmp_path: Path) -> None:
     model = trained(tmp_path)
     before = tensors(model)
-    with pytest.raises(LoraSVDError, match=rf"param_ratio: got {value}, expected a number in \(0, 1\]"):
+    with pytest.raises(LoraSVDError, match=rf"param_ratio: got {value!r}, expected a number in \(0, 1\]"):
         model.base_model.set_param_ratio(value)
     assert_bit_equal(tensors(model), before)
