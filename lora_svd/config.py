@@ -42,6 +42,7 @@ _PHASE = _Number(Real, lambda x: x >= 0, "a fraction of the run or steps, >= 0")
 _RATIO = _Number(Real, lambda x: 0 < x <= 1, "a number in (0, 1], the share of the targeted parameters that is kept")
 _NUMBERS = {
     "param_ratio": _RATIO,
+    "observed_tokens": _Number(Real, lambda x: 0 < x <= 1, "a number in (0, 1], the share of tokens that is observed"),
     "lora_alpha": _POSITIVE,
     **dict.fromkeys(("r", "compression_interval", "rank_multiple"), _COUNT),
     **dict.fromkeys(("warmup", "compression"), _PHASE),
@@ -112,6 +113,10 @@ class LoraSVDConfig(PeftConfig):
     row_shrinkage: float = option(1e-2, "Shrinkage of the row metric towards its mean, relative, in [0, 1].")
     correlation_shrinkage: float = option(0.3, "Shrinkage of a full row metric towards its diagonal, in [0, 1].")
     column_shrinkage: float = option(1e-2, "Shrinkage of the column metric towards its mean, relative, in [0, 1].")
+
+    observed_tokens: float = option(
+        0.5, "Share of the tokens of a batch whose Gram matrices are taken, in (0, 1]; at least 512, or all."
+    )
 
     r: int = option(16, "Rank of the LoRA bypass.")
     lora_alpha: int = option(16, "The bypass is scaled by lora_alpha / r.")

@@ -53,6 +53,7 @@ class ObservedLayer(nn.Module, BaseTunerLayer):
             setattr(self, PREFIX + name, BufferDict(persistent=True))
         self._parts: dict[str, dict[str, Tensor]] = {name: {} for name in STATE}
         self._observed: dict[str, tuple[str, ...]] = {}
+        self._token_shares: dict[str, float] = {}
         self._shared = shared
 
     def _state(self, name: str) -> MutableMapping[str, Tensor]:
@@ -64,6 +65,7 @@ class ObservedLayer(nn.Module, BaseTunerLayer):
         self._observed.pop(adapter_name, None)
         if not (config.compressed or config.inference_mode or config.param_ratio == 1):
             self._observed[adapter_name] = IMPORTANCES[config.importance].statistics
+            self._token_shares[adapter_name] = config.observed_tokens
 
     def statistics(self, adapter_name: str) -> LayerStatistics:
         """What was observed for this adapter, on the CPU."""
@@ -131,7 +133,9 @@ class ObservedLayer(nn.Module, BaseTunerLayer):
     def _observe_tokens(self, x: Tensor, g: Tensor) -> None:
         if distributed.world_size() > 1:  # the loss is the mean over processes
             g = g.float() / distributed.world_size()
-        seen, counts = observe_tokens(x, g, self._shared)
+        of_samples = any(STATISTICS[name].per == "sample" for names in self._observed.values() for name in names)
+        share = 1.0 if of_samples else max(self._token_shares[name] for name in self._observed)
+        seen, counts = observe_tokens(x, g, self._shared, share)
         for adapter_name, names in self._observed.items():
             if adapter_name not in self.active_adapters:
                 continue

@@ -65,18 +65,26 @@ class SharedGram:
     """The Gram matrix of the input last seen, kept until another input comes."""
 
     def __init__(self) -> None:
-        self._last: tuple[Tensor, int, Tensor] | None = None
+        self._last: tuple[Tensor, int] | None = None
+        self._mask: Tensor | None = None
         self._gram: Tensor | None = None
+        self._start = 0
 
-    def bind(self, source: Tensor, mask: Tensor) -> None:
-        """Name the tensor that the next call is about; its Gram matrix is kept if both equal the last ones.
+    def start(self, source: Tensor, stride: int) -> int:
+        """Name the tensor that the next calls are about; the first of every ``stride`` tokens of it that are observed.
 
         The tensor is held, so that its memory cannot be reused for another input meanwhile, and its version is noted,
         because it may be filled anew in place.
         """
-        known = self._last is not None and _same_tensor(*self._last[:2], source) and torch.equal(self._last[2], mask)
-        if not known:
-            self._last, self._gram = (source, source._version, mask), None
+        if self._last is None or not _same_tensor(*self._last, source):
+            self._last, self._mask = (source, source._version), None
+            self._start = int(torch.randint(stride, ())) if stride > 1 else 0
+        return self._start
+
+    def bind(self, mask: Tensor) -> None:
+        """Say which tokens the next call is about; the Gram matrix is kept if they are the last ones."""
+        if self._mask is None or not torch.equal(self._mask, mask):
+            self._mask, self._gram = mask, None
 
     def gram(self, seen: TokenObservation) -> Tensor:
         """sum over tokens of ``x x^T``, (in, in)."""
@@ -86,7 +94,7 @@ class SharedGram:
 
     def clear(self) -> None:
         """Forget the input: the optimizer step is over."""
-        self._last = self._gram = None
+        self._last = self._mask = self._gram = None
 
 
 def _same_tensor(a: Tensor, version: int, b: Tensor) -> bool:
@@ -221,18 +229,29 @@ class Observe(torch.autograd.Function):
         return None, grads[0], None
 
 
-def observe_tokens(x: Tensor, g: Tensor, shared: SharedGram) -> tuple[TokenObservation, dict[str, Tensor]]:
+# A backward pass of fewer tokens is observed whole: there, sampling saves little and loses much.
+_FEWEST_TOKENS = 512
+
+
+def observe_tokens(
+    x: Tensor, g: Tensor, shared: SharedGram, share: float = 1.0
+) -> tuple[TokenObservation, dict[str, Tensor]]:
     """Shape one backward pass for the statistics and count it. x: (..., in), g: (..., out).
 
     The first dimension counts samples, the last features, all between tokens; a matrix (samples, features) has one
-    token a sample.
+    token a sample. With a ``share`` below 1 every k-th token is observed, k = 1 / share, from a random one on and as
+    one sample; at least 512 of them.
     """
-    source = x
-    x = x.reshape(x.shape[0], -1, x.shape[-1])
-    g = g.reshape(g.shape[0], -1, g.shape[-1])
+    source, num_tokens = x, x[..., 0].numel()
+    stride = max(1, round(min(1 / share, num_tokens // _FEWEST_TOKENS)))
+    start = shared.start(source, stride)
+    if stride > 1:
+        x, g = (tensor.reshape(1, num_tokens, -1)[:, start::stride] for tensor in (x, g))
+    else:
+        x, g = (tensor.reshape(tensor.shape[0], -1, tensor.shape[-1]) for tensor in (x, g))
     size = g.abs().sum(-1, dtype=torch.float32)
     # What overflowed would spoil the sums for good. It is no secret: its gradients are not finite either.
     observed = (size != 0) & (size + x.sum(-1, dtype=torch.float32)).isfinite()
-    shared.bind(source, observed)
+    shared.bind(observed)
     counts = {"token": observed.sum(), "sample": observed.any(-1).sum()}
     return TokenObservation(x, g, observed, shared), counts

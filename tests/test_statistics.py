@@ -211,6 +211,29 @@ def test_layers_with_one_input_share_its_gram_unless_they_see_other_tokens():
         assert reference.relative_error(gram_of(shared, other, gradient), masked_gram(other, gradient)) < 1e-6
 
 
+@pytest.mark.parametrize(("share", "stride"), [(1.0, 1), (0.5, 2), (0.26, 4), (0.01, 4)])
+def test_a_share_of_the_tokens_is_observed(share: float, stride: int) -> None:
+    """At least 512 of 2,048, the same of layers with one input, and every token as often as any other."""
+    torch.manual_seed(0)
+    x, g = torch.eye(2048)[None].reshape(2, 1024, 2048), torch.randn(2, 1024, 3)
+    starts = set()
+    for _ in range(60):
+        shared = SharedGram()
+        (seen, counts), (other, _) = observe_tokens(x, g, shared, share), observe_tokens(x, g.flip(-1), shared, share)
+        assert int(counts["token"]) == 2048 // stride
+        start = int(seen.x[0, 0].argmax())
+        assert torch.equal(seen.x.flatten(0, 1), x.reshape(-1, 2048)[start::stride])
+        assert torch.equal(seen.g.flatten(0, 1), g.reshape(-1, 3)[start::stride])
+        assert seen.shared.gram(seen) is other.shared.gram(other)
+        starts.add(start)
+    assert starts == set(range(stride))
+
+
+def test_few_tokens_are_all_observed() -> None:
+    _, counts = observe_tokens(torch.randn(2, 300, 5), torch.randn(2, 300, 3), SharedGram(), 0.1)
+    assert int(counts["token"]) == 600
+
+
 def test_inputs_that_follow_each_other_in_memory_are_told_apart():
     shared, g = SharedGram(), torch.ones(2, 6, 3)
     for _ in range(20):

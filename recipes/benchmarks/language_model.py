@@ -101,7 +101,9 @@ class Benchmark:
         folder = self.folder("observation", observed_steps=self.given.observed_steps)
         if not (folder / "seconds.json").exists():
             start = time.perf_counter()
-            config = LoraSVDConfig(param_ratio=0.99, importance=EVERYTHING, warmup=self.given.observed_steps)
+            config = LoraSVDConfig(
+                param_ratio=0.99, importance=EVERYTHING, warmup=self.given.observed_steps, observed_tokens=1.0
+            )
             model = get_peft_model(load(self.given.model), config)
             self.train(model, self.given.observed_steps, seed=0, learning_rate=0.0).save_pretrained(str(folder))
             (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
@@ -189,7 +191,7 @@ class Row:
 
 
 PUBLISHED: dict[str, Any] = {"allocation": "uniform", "factor_format": "factors", "rank_multiple": 1}
-BEST: dict[str, Any] = {"train_factors": True, "distillation": 0.5}
+BEST: dict[str, Any] = {"observed_tokens": 1.0, "train_factors": True, "distillation": 0.5}
 ROWS = {
     "dense": Row(dense, dense=True),
     "dense + LoRA": Row(dense_lora, trains=True, dense=True),
