@@ -18,6 +18,7 @@ from .importance import IMPORTANCES
 from .peft_type import LORA_SVD
 
 COMPENSATIONS = ("absorb", "keep")
+STATISTICS_DEVICES = (None, "cpu")
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,13 @@ class LoraSVDConfig(PeftConfig):
     correlation_shrinkage: float = option(0.3, "Shrinkage of a full row metric towards its diagonal, in [0, 1].")
     column_shrinkage: float = option(1e-2, "Shrinkage of the column metric towards its mean, relative, in [0, 1].")
 
+    statistics_limit: int | None = option(
+        None,
+        "Bytes that the statistics of all layers may take in one process; where Gram matrices do not fit, the widest "
+        "layers keep sketches of them, named in a warning. None: no limit.",
+    )
+    statistics_device: str | None = option(None, "Where statistics are kept: 'cpu', or None for where the layer is.")
+
     r: int = option(16, "Rank of the LoRA bypass.")
     lora_alpha: int = option(16, "The bypass is scaled by lora_alpha / r.")
     lora_dropout: float = option(0.0, "Dropout in front of the bypass.")
@@ -159,6 +167,8 @@ class LoraSVDConfig(PeftConfig):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in valid:
                 raise LoraSVDError(f"{name}: unknown value {value!r}, expected one of {sorted(valid)}")
+        if self.statistics_device not in STATISTICS_DEVICES:
+            raise LoraSVDError(f"statistics_device: got {self.statistics_device!r}, expected 'cpu' or None")
         for name in ("compressed", "train_factors", "init_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise LoraSVDError(f"{name}: got {getattr(self, name)!r}, expected True or False")
@@ -166,8 +176,9 @@ class LoraSVDConfig(PeftConfig):
     def _check_numbers(self) -> None:
         for name, number in _NUMBERS.items():
             number.check(name, getattr(self, name))
-        if self.total_steps is not None:
-            _COUNT.check("total_steps", self.total_steps)
+        for name in ("total_steps", "statistics_limit"):
+            if getattr(self, name) is not None:
+                _COUNT.check(name, getattr(self, name))
         by_module = {"rank_pattern": _COUNT, "alpha_pattern": _POSITIVE, "compact_ranks": _COUNT}
         for name, number in by_module.items():
             given = {} if getattr(self, name) is None else getattr(self, name)

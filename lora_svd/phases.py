@@ -215,10 +215,17 @@ class PhasedModel(InjectedModel):
         else:
             spectra = divide(inputs, lambda share: compute_spectra(share, settings).items())
             ranks = choose_ranks(inputs, spectra, param_ratio, settings)
-        factors = divide(inputs, lambda share: factorize(share, ranks, settings))
+        trains = config.trains_factors
+        factors = divide(
+            inputs,
+            lambda share: (
+                (name, found and layers[name].rounded_factors(found, trainable=trains))
+                for name, found in factorize(share, ranks, settings)
+            ),
+        )
         config.compact_ranks, config.compressed = ranks, True
         for name, layer in layers.items():
-            layer.set_factors(adapter_name, factors[name], trainable=config.trains_factors)
+            layer.set_factors(adapter_name, factors[name], trainable=trains)
             layer.observe(adapter_name, config)
 
     def _pipeline(

@@ -105,6 +105,7 @@ def _compress(recipe: Recipe, say: Callable[[str], None], messages: Messages) ->
         window=run.window,
         seconds=clock.seconds,
         recipe=recipe.chosen,
+        sketched=trained.sketched(),
     )
     (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
     (folder / "README.md").write_text(model_card(report, str(folder)), encoding="utf-8")
