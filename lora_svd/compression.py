@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -37,6 +37,11 @@ class CompressionSettings:
     row_shrinkage: float
     correlation_shrinkage: float
     column_shrinkage: float
+
+    @classmethod
+    def of(cls, config: object) -> CompressionSettings:
+        """Those among the fields of a ``LoraSVDConfig``."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True)

@@ -242,17 +242,7 @@ class PhasedModel(InjectedModel):
             )
             for index, (name, layer) in enumerate(layers.items())
         }
-        settings = CompressionSettings(
-            importance=config.importance,
-            allocation=config.allocation,
-            decomposition=config.decomposition,
-            factor_format=config.factor_format,
-            rank_multiple=config.rank_multiple,
-            row_shrinkage=config.row_shrinkage,
-            correlation_shrinkage=config.correlation_shrinkage,
-            column_shrinkage=config.column_shrinkage,
-        )
-        return layers, inputs, settings
+        return layers, inputs, CompressionSettings.of(config)
 
 
 def _weight_reader(name: str, layer: LoraSVDLinear, *, gather: bool, mine: bool) -> Callable[[], Tensor]:
