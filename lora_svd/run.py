@@ -140,6 +140,18 @@ def load_model(
     return tokenizer, model if quantization_config else model.to(device)
 
 
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder or of the Hub.
+
+    Raises:
+        LoraSVDError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise LoraSVDError(f"model: cannot load the tokenizer of {name!r}: {error}") from error
+
+
 def _bitsandbytes(quantization: str) -> BitsAndBytesConfig | None:
     if quantization == "none":
         return None

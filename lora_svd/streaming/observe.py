@@ -107,7 +107,10 @@ class Observation:
                 hidden.drop(index)
 
     def _differentiate_loss(self, hidden: Cache, gradients: Cache) -> None:
-        last, outer = len(self.checkpoint.blocks), self.checkpoint.outer_weights()
+        last = len(self.checkpoint.blocks)
+        if self._done(gradients, last):
+            return
+        outer = self.checkpoint.outer_weights()
         for sample, ids in self._samples():
             given = self._get(hidden, last, sample)
             gradients.put(last, sample, loss_gradient(self.checkpoint, outer, ids, given))
