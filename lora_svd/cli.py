@@ -1,4 +1,4 @@
-"""``lora-svd compress RECIPE.yaml``, ``evaluate MODEL`` and ``analyze MODEL``: a thin layer over the package.
+"""``lora-svd compress RECIPE.yaml``, ``stream``, ``evaluate`` and ``analyze MODEL``: a thin layer over the package.
 
 Results go to stdout, progress and logs to stderr. Exit code 2: a request that cannot be carried out, said in one line.
 """
@@ -16,13 +16,16 @@ from typing import Any
 
 from .analysis_report import AnalysisReport
 from .analyze import analyze_folder
+from .config import LoraSVDConfig
 from .errors import LoraSVDError
-from .evaluation import perplexity
+from .evaluation import perplexity, token_blocks
 from .recipe import OneLineParser, read_recipe, recipe_parser
-from .run import about, compress, find_device, load_model, read_text
+from .run import about, compress, find_device, load_model, load_tokenizer, read_text
+from .streaming import compress_checkpoint
 
 _USAGE = """\
 usage: lora-svd compress RECIPE.yaml [--field value ...]   make a model smaller, as the recipe says
+       lora-svd stream MODEL --text FILE --output FOLDER   without training, one block of the model in memory at a time
        lora-svd evaluate MODEL --text FILE [--window N]    perplexity of a dense or compact model
        lora-svd analyze MODEL [--before MODEL]             what is inside the weights of a model or an adapter's run
        lora-svd COMMAND --help                             all fields of a command
@@ -38,6 +41,22 @@ class EvaluateArguments:
     dtype: str = field(default="auto", metadata={"help": "Type to load the model in; auto: as it was saved."})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, ...; auto: an accelerator if there is one."})
     json: bool = field(default=False, metadata={"help": "Print one JSON object instead of a line of text."})
+
+
+@dataclass
+class StreamArguments:
+    """Options of ``lora-svd stream``."""
+
+    text: str = field(metadata={"help": "UTF-8 text file to take the statistics from."})
+    output: str = field(metadata={"help": "Folder for the compact model, which does not exist yet."})
+    param_ratio: float = field(default=0.8, metadata={"help": "Kept / original parameters of the blocks' layers."})
+    importance: str = field(default="kronecker", metadata={"help": "One that needs no LoRA, see LoraSVDConfig."})
+    allocation: str = field(default="global", metadata={"help": "'global' or 'uniform'."})
+    factor_format: str = field(default="pivoted", metadata={"help": "'pivoted' or 'factors'."})
+    statistics_limit: int = field(default=0, metadata={"help": "Bytes for the statistics of one block; 0: no limit."})
+    length: int = field(default=512, metadata={"help": "Tokens in one sequence."})
+    samples: int = field(default=64, metadata={"help": "Sequences to read at most."})
+    device: str = field(default="auto", metadata={"help": "cpu, cuda, ...; auto: an accelerator if there is one."})
 
 
 @dataclass
@@ -67,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Callable[[list[str]], None]:
-    commands = {"analyze": _analyze, "compress": _compress, "evaluate": _evaluate}
+    commands = {"analyze": _analyze, "compress": _compress, "evaluate": _evaluate, "stream": _stream}
     if name not in commands:
         raise LoraSVDError(f"unknown command {name!r}, expected one of {sorted(commands)}")
     return commands[name]
@@ -89,6 +108,19 @@ def _evaluate(words: list[str]) -> None:
     with about(options.text):
         result = perplexity(model, tokenizer, text, window=options.window)
     print(json.dumps(dataclasses.asdict(result)) if options.json else f"perplexity {result}")
+
+
+def _stream(words: list[str]) -> None:
+    options, folder = _parse("stream", StreamArguments, "A local folder with a dense model.", words)
+    chosen = ("param_ratio", "importance", "allocation", "factor_format")
+    limit = options.statistics_limit or None
+    config = LoraSVDConfig(statistics_limit=limit, **{name: getattr(options, name) for name in chosen})
+    tokenizer, text = load_tokenizer(folder), read_text("text", options.text)
+    with about(options.text):
+        ids = token_blocks(tokenizer, text, options.length)[: options.samples]
+    device = find_device(options.device)
+    size = compress_checkpoint(folder, options.output, ids, config, tokenizer=tokenizer, device=device)
+    print(f"param_ratio {size.param_ratio:.4f}, model_param_ratio {size.model_param_ratio:.4f}, bytes {size.bytes:,}")
 
 
 def _analyze(words: list[str]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -37,6 +37,11 @@ class CompressionSettings:
     row_shrinkage: float
     correlation_shrinkage: float
     column_shrinkage: float
+
+    @classmethod
+    def of(cls, config: object) -> CompressionSettings:
+        """Those among the fields of a ``LoraSVDConfig``."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -125,18 +130,20 @@ def factorize(
     Where factors were trained, what they learned goes over to the other rank: the weight is then
     :func:`trained_weight`, and at the rank that was trained the factors stay as they are.
     """
-    decomposition = DECOMPOSITIONS[settings.decomposition]
     for name, layer in _progress(layers, "factors"):
-        trained, rank = layer.trained, ranks[name]
-        if trained is None and rank >= layer.shape.full_rank:
-            yield name, None
-        elif trained is not None and rank == trained.rank:
-            yield name, trained
-        else:
-            with in_module(name):
-                metrics = layer_metrics(name, layer, settings)
-                weight = trained_weight(layer, metrics, settings)
-                yield name, decomposition.factorize(weight, metrics, rank)
+        with in_module(name):
+            yield name, _factorize_layer(name, layer, ranks[name], settings)
+
+
+def _factorize_layer(name: str, layer: LayerInput, rank: int, settings: CompressionSettings) -> Factors | None:
+    """In a function of its own, so that nothing of a layer is left in memory when the next one begins."""
+    if layer.trained is None and rank >= layer.shape.full_rank:
+        return None
+    if layer.trained is not None and rank == layer.trained.rank:
+        return layer.trained
+    metrics = layer_metrics(name, layer, settings)
+    weight = trained_weight(layer, metrics, settings)
+    return DECOMPOSITIONS[settings.decomposition].factorize(weight, metrics, rank)
 
 
 def trained_weight(layer: LayerInput, metrics: Metrics, settings: CompressionSettings) -> Tensor:

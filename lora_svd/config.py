@@ -18,6 +18,7 @@ from .importance import IMPORTANCES
 from .peft_type import LORA_SVD
 
 COMPENSATIONS = ("absorb", "keep")
+STATISTICS_DEVICES = (None, "cpu")
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,12 @@ class LoraSVDConfig(PeftConfig):
     observed_tokens: float = option(
         0.5, "Share of the tokens of a batch whose Gram matrices are taken, in (0, 1]; at least 512, or all."
     )
+    statistics_limit: int | None = option(
+        None,
+        "Bytes that the statistics of all layers may take in one process; where Gram matrices do not fit, the widest "
+        "layers keep sketches of them, named in a warning. None: no limit.",
+    )
+    statistics_device: str | None = option(None, "Where statistics are kept: 'cpu', or None for where the layer is.")
 
     r: int = option(16, "Rank of the LoRA bypass.")
     lora_alpha: int = option(16, "The bypass is scaled by lora_alpha / r.")
@@ -164,6 +171,8 @@ class LoraSVDConfig(PeftConfig):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in valid:
                 raise LoraSVDError(f"{name}: unknown value {value!r}, expected one of {sorted(valid)}")
+        if self.statistics_device not in STATISTICS_DEVICES:
+            raise LoraSVDError(f"statistics_device: got {self.statistics_device!r}, expected 'cpu' or None")
         for name in ("compressed", "train_factors", "init_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise LoraSVDError(f"{name}: got {getattr(self, name)!r}, expected True or False")
@@ -171,8 +180,9 @@ class LoraSVDConfig(PeftConfig):
     def _check_numbers(self) -> None:
         for name, number in _NUMBERS.items():
             number.check(name, getattr(self, name))
-        if self.total_steps is not None:
-            _COUNT.check("total_steps", self.total_steps)
+        for name in ("total_steps", "statistics_limit"):
+            if getattr(self, name) is not None:
+                _COUNT.check(name, getattr(self, name))
         by_module = {"rank_pattern": _COUNT, "alpha_pattern": _POSITIVE, "compact_ranks": _COUNT}
         for name, number in by_module.items():
             given = {} if getattr(self, name) is None else getattr(self, name)

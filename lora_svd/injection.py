@@ -28,6 +28,7 @@ from .config import LoraSVDConfig
 from .decompositions import Factors
 from .errors import LoraSVDError
 from .layer import SAVED, LoraSVDLinear
+from .observation import keep_to_limit
 from .peft_type import PREFIX
 from .statistics import COUNTS, STATISTICS, SharedGram
 
@@ -55,6 +56,10 @@ class InjectedModel(BaseTuner):
         if not (config.inference_mode or config.compressed):
             _warn_of_fused_weights(model)
         self._trained.pop(adapter_name, None)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        keep_to_limit(dict(self._tuner_layers(adapter_name)), adapter_name, self._config(adapter_name))
 
     def _prepare_model(self, peft_config: LoraSVDConfig, model: nn.Module) -> None:
         """Let ``layers_to_transform`` choose among all linear layers, too; PEFT would pass it over without a word."""
@@ -195,7 +200,7 @@ def _check_saved(name: str, layer: LoraSVDLinear, adapter_name: str, saved: Mapp
         "left": (out_features, rank),
         "right": (rank, in_features),
         "counts": (len(COUNTS),),
-        **{statistic: kind.shape(out_features, in_features) for statistic, kind in STATISTICS.items()},
+        **{statistic: layer.statistic_shape(adapter_name, statistic) for statistic in STATISTICS},
     }
     for part, shape in expected.items():
         found = saved.get(PREFIX + part)

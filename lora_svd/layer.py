@@ -105,13 +105,15 @@ class LoraSVDLinear(ObservedLayer):
         rank = (config.compact_ranks or {}).get(key)
         if config.compressed and rank is not None and rank < min(self.in_features, self.out_features):
             zeros = Factors(torch.zeros(self.out_features, rank), torch.zeros(rank, self.in_features))
-            self.set_factors(adapter_name, zeros, trainable=config.trains_factors)
+            rounded = self.rounded_factors(zeros, trainable=config.trains_factors)
+            self.set_factors(adapter_name, rounded, trainable=config.trains_factors)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self.observe(adapter_name, config)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self._observed.pop(adapter_name, None)
+        for state in (self._observed, self._sketches, self._statistics_device):
+            state.pop(adapter_name, None)
         self.reset_state(adapter_name)
         super().delete_adapter(adapter_name)
 
@@ -162,22 +164,26 @@ class LoraSVDLinear(ObservedLayer):
         for name in _FACTORS:
             yield from (p for p in getattr(self, PREFIX + name).parameters() if p.requires_grad)
 
-    def set_factors(self, adapter_name: str, factors: Factors | None, *, trainable: bool = False) -> None:
-        """Let factors stand for the weight from now on, balanced; None restores the whole weight.
+    def rounded_factors(self, factors: Factors, *, trainable: bool) -> Factors:
+        """Factors as :meth:`set_factors` stores them, balanced, on the CPU.
 
         They are float32 if they are trained, else of the base weight's type, bfloat16 if that is quantized, until PEFT
         makes them float32 when it loads them.
         """
+        dtype, balanced = torch.float32 if trainable else self._float_dtype(), balance(factors)
+        left, right = (_FACTOR_SCALE * side.cpu().to(dtype).contiguous() for side in (balanced.left, balanced.right))
+        return Factors(left, right)
+
+    def set_factors(self, adapter_name: str, factors: Factors | None, *, trainable: bool = False) -> None:
+        """Let :meth:`rounded_factors` stand for the weight from now on; None restores the whole weight."""
         # With low_cpu_mem_usage A is empty at first, on the meta device.
         A = self.lora_svd_A[adapter_name]
         device = torch.device("cpu") if A.is_meta else A.device
-        dtype = torch.float32 if trainable else self._float_dtype()
-        balanced = balance(factors) if factors is not None else None
         for name in _FACTORS:
             stored = self._state(name)
-            if balanced is not None:
-                tensor = _FACTOR_SCALE * getattr(balanced, name).to(device, dtype).contiguous()
-                stored[adapter_name] = distributed.averaged(nn.Parameter(tensor, requires_grad=trainable))
+            if factors is not None:
+                tensor = nn.Parameter(getattr(factors, name).to(device), requires_grad=trainable)
+                stored[adapter_name] = distributed.averaged(tensor)
             elif adapter_name in stored:
                 del stored[adapter_name]
 
@@ -193,7 +199,7 @@ class LoraSVDLinear(ObservedLayer):
         """Make room for a saved statistic or factor; other attributes are passed over."""
         name, device = attribute.removeprefix(PREFIX), self.lora_svd_A[adapter_name].device
         if name in STATE:
-            self._state(name)[adapter_name] = torch.empty_like(like, device=device)
+            self._state(name)[adapter_name] = torch.empty_like(like, device=self._device_of(adapter_name, name))
         elif name in _FACTORS:
             room = torch.empty_like(like, device=device)
             self._state(name)[adapter_name] = distributed.averaged(nn.Parameter(room, requires_grad=trainable))

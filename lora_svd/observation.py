@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+import warnings
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from . import distributed
 from .importance import IMPORTANCES
 from .peft_type import PREFIX
+from .sketch import between
 from .statistics import (
     COUNTS,
     STATISTICS,
@@ -22,7 +24,10 @@ from .statistics import (
     StepObservation,
     input_sketch,
     observe_tokens,
+    stored_shape,
+    token_summand,
 )
+from .statistics_limit import choose_sketches, describe_sketches
 
 if TYPE_CHECKING:
     from .config import LoraSVDConfig
@@ -54,6 +59,8 @@ class ObservedLayer(nn.Module, BaseTunerLayer):
         self._parts: dict[str, dict[str, Tensor]] = {name: {} for name in STATE}
         self._observed: dict[str, tuple[str, ...]] = {}
         self._token_shares: dict[str, float] = {}
+        self._sketches: dict[str, Mapping[str, int]] = {}  # r by statistic, by adapter
+        self._statistics_device: dict[str, str | None] = {}
         self._shared = shared
 
     def _state(self, name: str) -> MutableMapping[str, Tensor]:
@@ -63,9 +70,23 @@ class ObservedLayer(nn.Module, BaseTunerLayer):
     def observe(self, adapter_name: str, config: LoraSVDConfig) -> None:
         """Collect statistics for this adapter while it trains and its weight is whole; keep what there is otherwise."""
         self._observed.pop(adapter_name, None)
+        self._statistics_device[adapter_name] = config.statistics_device
         if not (config.compressed or config.inference_mode or config.param_ratio == 1):
             self._observed[adapter_name] = IMPORTANCES[config.importance].statistics
             self._token_shares[adapter_name] = config.observed_tokens
+
+    def keep_sketches(self, adapter_name: str, ranks: Mapping[str, int]) -> None:
+        """Keep sketches of these Gram matrices, with these r; before anything is observed."""
+        self._sketches[adapter_name] = ranks
+
+    def is_sketched(self, adapter_name: str) -> bool:
+        """Whether a Gram matrix is kept as a sketch."""
+        return bool(self._sketches.get(adapter_name))
+
+    def statistic_shape(self, adapter_name: str, name: str) -> tuple[int, ...]:
+        """Of the sum that is kept for this adapter."""
+        rank = self._sketches.get(adapter_name, {}).get(name)
+        return stored_shape(name, self.out_features, self.in_features, rank)
 
     def statistics(self, adapter_name: str) -> LayerStatistics:
         """What was observed for this adapter, on the CPU."""
@@ -99,15 +120,18 @@ class ObservedLayer(nn.Module, BaseTunerLayer):
     def num_tokens(self, adapter_name: str) -> Tensor:
         """Tokens that this process has observed."""
         counts = self._sums("counts", adapter_name)
-        seen = counts[adapter_name] if adapter_name in counts else self._zeros("counts")
+        seen = counts[adapter_name] if adapter_name in counts else self._zeros(adapter_name, "counts")
         return seen[COUNTS.index("token")].clone()
 
     def input_sketch(self, adapter_name: str, num_tokens: Tensor) -> Tensor:
         """``A X A^T`` with X of the tokens that this process has observed, of ``num_tokens`` in all."""
         grams, A = self._sums("input_gram", adapter_name), distributed.whole(self.lora_svd_A[adapter_name].detach())
-        gram = grams[adapter_name] if adapter_name in grams else self._zeros("input_gram")
+        gram = grams[adapter_name] if adapter_name in grams else self._zeros(adapter_name, "input_gram")
+        through = between if "input_gram" in self._sketches.get(adapter_name, {}) else input_sketch
         with torch.autocast(device_type=A.device.type, enabled=False):
-            return input_sketch(A.float(), gram / num_tokens.clamp_min(1))  # 0 while all output gradients are zero
+            # of 0 tokens while all output gradients are zero
+            found = through(A.float().to(gram.device), gram / num_tokens.clamp_min(1).to(gram.device))
+        return found.to(A.device)
 
     def join_statistics(self, adapter_name: str) -> None:
         """Give every process the sums over all of them; what is added afterwards is its own part again."""
@@ -115,9 +139,10 @@ class ObservedLayer(nn.Module, BaseTunerLayer):
             return
         for name in (*self._observed[adapter_name], "counts"):
             total = self._sums(name, adapter_name).pop(adapter_name, None)
-            total = self._zeros(name) if total is None else total
-            distributed.add_up([total])
-            self._state(name)[adapter_name] = total
+            total = self._zeros(adapter_name, name) if total is None else total
+            on_device = total.to(self.lora_svd_A[adapter_name].device)
+            distributed.add_up([on_device])
+            self._state(name)[adapter_name] = on_device.to(total.device)
 
     def is_joined(self, adapter_name: str) -> bool:
         """Whether the saved sums are those over all processes."""
@@ -141,20 +166,21 @@ class ObservedLayer(nn.Module, BaseTunerLayer):
                 continue
             for name in names:
                 if STATISTICS[name].per != "step":
-                    self._accumulate(adapter_name, name, STATISTICS[name].of(seen))
+                    rank = self._sketches.get(adapter_name, {}).get(name)
+                    self._accumulate(adapter_name, name, token_summand(name, seen, rank))
             for unit, count in counts.items():
                 self._count(adapter_name, unit, count)
 
     def _accumulate(self, adapter_name: str, name: str, value: Tensor) -> None:
         sums = self._sums(name, adapter_name)
-        if adapter_name not in sums:
-            sums[adapter_name] = self._zeros(name)
-        sums[adapter_name] += value
+        total = sums[adapter_name] if adapter_name in sums else self._zeros(adapter_name, name)
+        total = total.to(self._device_of(adapter_name, name))  # the model may have been moved
+        sums[adapter_name] = total.add_(value.to(total.device))
 
     def _count(self, adapter_name: str, unit: str, count: Tensor | int) -> None:
         counts = self._sums("counts", adapter_name)
         if adapter_name not in counts:
-            counts[adapter_name] = self._zeros("counts")
+            counts[adapter_name] = self._zeros(adapter_name, "counts")
         counts[adapter_name][COUNTS.index(unit)] += count
 
     def _sums(self, name: str, adapter_name: str) -> MutableMapping[str, Tensor]:
@@ -169,8 +195,23 @@ class ObservedLayer(nn.Module, BaseTunerLayer):
                 self._parts[name][adapter_name] = total
         return self._parts[name]
 
-    def _zeros(self, name: str) -> Tensor:
-        device = self.lora_svd_A[next(iter(self.lora_svd_A))].device
+    def _zeros(self, adapter_name: str, name: str) -> Tensor:
+        device = self._device_of(adapter_name, name)
         if name == "counts":
             return torch.zeros(len(COUNTS), dtype=torch.int64, device=device)
-        return torch.zeros(STATISTICS[name].shape(self.out_features, self.in_features), device=device)
+        return torch.zeros(self.statistic_shape(adapter_name, name), device=device)
+
+    def _device_of(self, adapter_name: str, name: str) -> torch.device:
+        """Where a sum is kept; counts stay with the layer."""
+        chosen = None if name == "counts" else self._statistics_device[adapter_name]
+        return self.lora_svd_A[adapter_name].device if chosen is None else torch.device(chosen)
+
+
+def keep_to_limit(layers: Mapping[str, ObservedLayer], adapter_name: str, config: LoraSVDConfig) -> None:
+    """Let layers keep sketches of Gram matrices where ``statistics_limit`` asks for it, and say which in a warning."""
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    sketches = choose_sketches(shapes, IMPORTANCES[config.importance].statistics, config.statistics_limit)
+    for name, layer in layers.items():
+        layer.keep_sketches(adapter_name, sketches.get(name, {}))
+    if sketches and any(adapter_name in layer._observed for layer in layers.values()):
+        warnings.warn(describe_sketches(shapes, sketches, config.statistics_limit), stacklevel=3)

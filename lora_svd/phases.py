@@ -215,10 +215,17 @@ class PhasedModel(InjectedModel):
         else:
             spectra = divide(inputs, lambda share: compute_spectra(share, settings).items())
             ranks = choose_ranks(inputs, spectra, param_ratio, settings)
-        factors = divide(inputs, lambda share: factorize(share, ranks, settings))
+        trains = config.trains_factors
+        factors = divide(
+            inputs,
+            lambda share: (
+                (name, found and layers[name].rounded_factors(found, trainable=trains))
+                for name, found in factorize(share, ranks, settings)
+            ),
+        )
         config.compact_ranks, config.compressed = ranks, True
         for name, layer in layers.items():
-            layer.set_factors(adapter_name, factors[name], trainable=config.trains_factors)
+            layer.set_factors(adapter_name, factors[name], trainable=trains)
             layer.observe(adapter_name, config)
 
     def _pipeline(
@@ -235,17 +242,7 @@ class PhasedModel(InjectedModel):
             )
             for index, (name, layer) in enumerate(layers.items())
         }
-        settings = CompressionSettings(
-            importance=config.importance,
-            allocation=config.allocation,
-            decomposition=config.decomposition,
-            factor_format=config.factor_format,
-            rank_multiple=config.rank_multiple,
-            row_shrinkage=config.row_shrinkage,
-            correlation_shrinkage=config.correlation_shrinkage,
-            column_shrinkage=config.column_shrinkage,
-        )
-        return layers, inputs, settings
+        return layers, inputs, CompressionSettings.of(config)
 
 
 def _weight_reader(name: str, layer: LoraSVDLinear, *, gather: bool, mine: bool) -> Callable[[], Tensor]:

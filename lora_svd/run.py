@@ -105,6 +105,7 @@ def _compress(recipe: Recipe, say: Callable[[str], None], messages: Messages) ->
         window=run.window,
         seconds=clock.seconds,
         recipe=recipe.chosen,
+        sketched=trained.sketched(),
     )
     (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
     (folder / "README.md").write_text(model_card(report, str(folder)), encoding="utf-8")
@@ -137,6 +138,18 @@ def load_model(
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise LoraSVDError(f"model: cannot load {name!r}: {error}") from error
     return tokenizer, model if quantization_config else model.to(device)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder or of the Hub.
+
+    Raises:
+        LoraSVDError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise LoraSVDError(f"model: cannot load the tokenizer of {name!r}: {error}") from error
 
 
 def _bitsandbytes(quantization: str) -> BitsAndBytesConfig | None:

@@ -35,6 +35,8 @@ class RunReport:
         window: tokens in one evaluation window.
         seconds: wall time by phase, in the order they ran.
         recipe: the values that were set, by field name.
+        sketched: the layers that kept a sketch of a Gram matrix (``statistics_limit``), and their share of the
+            targeted parameters.
         versions: of what produced the numbers.
     """
 
@@ -48,11 +50,12 @@ class RunReport:
     window: int
     seconds: dict[str, float]
     recipe: dict[str, Any]
+    sketched: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=installed_versions)
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """What was measured: a heading, then name, dense, compact, their ratio."""
-        size = self.size
+        size, share = self.size, f"{sum(self.sketched.values()):.4f} of targeted parameters"
         return [
             ("", "dense", "compact", "compact / dense"),
             _row("parameters", size.dense_parameters, size.parameters, "model_param_ratio"),
@@ -60,6 +63,7 @@ class RunReport:
             _row("bytes", self.dense_bytes, size.bytes, ""),
             ("perplexity", f"{self.perplexity_dense:.3f}", f"{self.perplexity_compact:.3f}", ""),
             ("perplexity, reloaded", "", f"{self.perplexity_reloaded:.3f}", ""),
+            *([("sketched statistics", "", f"{len(self.sketched)} layers", share)] if self.sketched else []),
         ]
 
     def table(self) -> str:

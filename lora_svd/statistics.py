@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .errors import LoraSVDError
 from .linalg import gram, shrink
+from .sketch import expand, sketched_gram
 
 
 @dataclass(frozen=True)
@@ -166,18 +167,27 @@ class Statistic:
         per: what the sum runs over and is divided by: "token", "sample" or "step".
         of: the summand over one observation (tokens and samples of a backward pass, or an optimizer step).
         of_weight: whether the summand depends on the frozen weight, which is costly to dequantize or gather.
+        rows: of the sum of ``v v^T``, all v of an observation, (tokens, n). Such a sum may be kept as a sketch.
     """
 
     shape: Callable[[int, int], tuple[int, ...]]
     per: str
     of: Callable[..., Tensor]
     of_weight: bool = False
+    rows: Callable[[TokenObservation], Tensor] | None = None
 
 
 STATISTICS: dict[str, Statistic] = {
-    "input_gram": Statistic(lambda _, n: (n, n), "token", lambda seen: seen.shared.gram(seen)),
+    "input_gram": Statistic(
+        lambda _, n: (n, n), "token", lambda seen: seen.shared.gram(seen), rows=lambda seen: seen.x.flatten(0, 1)
+    ),
     "input_abs": Statistic(lambda _, n: (n,), "token", lambda seen: seen.x.abs().sum((0, 1))),
-    "output_gram": Statistic(lambda m, _: (m, m), "token", lambda seen: gram(seen.g.flatten(0, 1))),
+    "output_gram": Statistic(
+        lambda m, _: (m, m),
+        "token",
+        lambda seen: gram(seen.g.flatten(0, 1)),
+        rows=lambda seen: seen.g.flatten(0, 1),
+    ),
     "output_square": Statistic(lambda m, _: (m,), "token", lambda seen: seen.g.square().sum((0, 1))),
     "weight_gradient_rows": Statistic(lambda m, _: (m,), "sample", _weight_gradient_rows),
     "lora_rows": Statistic(lambda m, _: (m,), "step", lambda step: _sensitivity_rows(lora_gradient(step), step), True),
@@ -190,12 +200,27 @@ STATISTICS: dict[str, Statistic] = {
 COUNTS = ("token", "sample", "step")
 
 
+def stored_shape(name: str, out_features: int, in_features: int, rank: int | None = None) -> tuple[int, ...]:
+    """Of the sum of a layer, whole, or as a sketch with r = rank."""
+    whole = STATISTICS[name].shape(out_features, in_features)
+    return whole if rank is None else (rank + 1, whole[1])
+
+
+def token_summand(name: str, seen: TokenObservation, rank: int | None = None) -> Tensor:
+    """What one backward pass adds to a sum, whole, or as a sketch with r = rank."""
+    statistic = STATISTICS[name]
+    if rank is None:
+        return statistic.of(seen)
+    assert statistic.rows is not None
+    return sketched_gram(statistic.rows(seen), rank)
+
+
 @dataclass(frozen=True)
 class LayerStatistics:
     """The sums of one layer and how much they saw, on the CPU.
 
     Attributes:
-        sums: by name, float32.
+        sums: by name, float32; Gram matrices whole or as sketches, which :meth:`mean` tells by their shape.
         counts: tokens, samples and steps observed.
     """
 
@@ -203,8 +228,10 @@ class LayerStatistics:
     counts: Mapping[str, int]
 
     def mean(self, name: str) -> Tensor:
-        """The sum divided by what it ran over, float64."""
-        return self.sums[name].double() / self.counts[STATISTICS[name].per]
+        """The sum, or what its sketch stands for, divided by what it ran over, float64."""
+        total, statistic = self.sums[name], STATISTICS[name]
+        is_sketch = statistic.rows is not None and total.shape[0] != total.shape[1]
+        return (expand(total) if is_sketch else total.double()) / self.counts[statistic.per]
 
 
 class Observe(torch.autograd.Function):

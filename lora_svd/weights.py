@@ -8,6 +8,7 @@ that is tied to the embedding has no weight of its own and is left out.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
@@ -73,8 +75,8 @@ def folder_weights(folder: str | Path) -> dict[str, LayerWeight]:
         LoraSVDError: the folder is no such folder.
     """
     folder = Path(folder)
-    model = _skeleton(folder)
-    tensors = _Tensors(folder, model)
+    model = skeleton(folder)
+    tensors = Tensors(folder, model)
     found: dict[str, LayerWeight] = {}
     missing: list[str] = []
     for name, module in model.named_modules():
@@ -122,8 +124,8 @@ def _module_weight(module: nn.Module) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def _skeleton(folder: Path) -> PreTrainedModel:
-    """The model of a folder, dense and without memory."""
+def skeleton(folder: Path) -> PreTrainedModel:
+    """The model of a folder, dense; its parameters are without memory, its buffers as they are made."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -131,11 +133,11 @@ def _skeleton(folder: Path) -> PreTrainedModel:
     kind: Any = getattr(transformers, next(iter(config.architectures or ()), ""), None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         kind = AutoModel
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=False):
         return kind.from_config(config) if kind is AutoModel else kind(config)
 
 
-class _Tensors:
+class Tensors:
     """The tensors of a folder's safetensors files by their names in the model, each read when it is asked for."""
 
     def __init__(self, folder: Path, model: PreTrainedModel) -> None:
@@ -169,6 +171,19 @@ class _Tensors:
     def __contains__(self, key: str) -> bool:
         return key in self._stored
 
+    @property
+    def stored(self) -> Mapping[str, str]:
+        """Name in the files by name in the model, without tensors that are put together while they are loaded."""
+        return self._stored
+
+    def sizes(self) -> dict[str, int]:
+        """Numbers in every tensor, by name in the files."""
+        found = {}
+        for name in sorted(set(self._file_of.values())):
+            with self._open(name) as file:
+                found |= {key: math.prod(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        return found
+
     def rank(self, key: str) -> int:
         """Of a low-rank layer; a 4-bit tensor's shape does not tell."""
         right = f"{key}.right.weight"
@@ -197,7 +212,10 @@ class _Tensors:
         return stored_weight(left, right, self._read(f"{key}.order") if f"{key}.order" in self else None)
 
     def _read(self, key: str) -> Tensor:
-        stored = self._stored[key]
+        return self.read_stored(self._stored[key])
+
+    def read_stored(self, stored: str) -> Tensor:
+        """A tensor as it is, by its name in the files."""
         with self._open(self._file_of[stored]) as file:
             return file.get_tensor(stored)
 

@@ -39,6 +39,7 @@ CUBIC = {"warmup": 3, "compression": 4, "compression_interval": 1}
 EVERYTHING = {**CUBIC, "importance": "kronecker", "train_factors": True, "distillation": 0.5}
 ACCUMULATED = {"gradient_accumulation_steps": 2}
 MINNORM = {"importance": "lora_minnorm", "warmup": 5}
+LIMITED = {"warmup": 5, "importance": "kronecker", "statistics_limit": 60_000, "statistics_device": "cpu"}
 DISTILLED = {"warmup": 5, "distillation": 0.5}
 
 
@@ -250,6 +251,7 @@ RUNS: dict[str, Callable[[Path], Any]] = {
     "ddp-from-4": partial(train, resume="ddp-killed-while-factorizing/checkpoint-4"),
     "ddp-killed-while-saving": killed_while_saving,
     "ddp-from-6": partial(train, resume="ddp-killed-while-saving/checkpoint-6"),
+    "limited": partial(train, config=LIMITED),
     "everything": partial(train, config=EVERYTHING),
     "everything-from-4": partial(train, config=EVERYTHING, resume="everything/checkpoint-4"),
     "by-hand": by_hand,

@@ -300,8 +300,8 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
     sizes = {**SIZES, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 12}
     tf.LlamaForCausalLM(tf.LlamaConfig(**sizes)).save_pretrained(tmp_path)
     monitor = LiveBytes()
-    read = weights._Tensors._read
-    monkeypatch.setattr(weights._Tensors, "_read", lambda *args: monitor.see(read(*args)))
+    read = weights.Tensors._read
+    monkeypatch.setattr(weights.Tensors, "_read", lambda *args: monitor.see(read(*args)))
     with monitor:
         found = analyze_folder(tmp_path)
     largest = max(math.prod(layer.shape) for layer in found.values()) * 8

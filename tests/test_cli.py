@@ -324,7 +324,7 @@ class TestEvaluate:
             (("evaluate", "tiny", "--text", "eval.txt"), "window is 1024, but the model has positions for 64 tokens"),
             (("evaluate", "nowhere", "--text", "eval.txt"), "model: cannot load 'nowhere'"),
             (("evaluate", "tiny", "--text", "eval.txt", "--device", "abacus"), "device: unknown value 'abacus'"),
-            (("shrink",), "unknown command 'shrink', expected one of ['analyze', 'compress', 'evaluate']"),
+            (("shrink",), "unknown command 'shrink', expected one of ['analyze', 'compress', 'evaluate', 'stream']"),
             (("compress",), "compress: the first word must be the recipe"),
             (("compress", "--param_ratio", "0.5"), "compress: the first word must be the recipe"),
         ],
@@ -342,3 +342,15 @@ def test_help(capsys: pytest.CaptureFixture[str]):
     assert "lora-svd compress RECIPE.yaml [--field value ...]" in out
     for name in ("--param_ratio", "--train_text", "--learning_rate"):
         assert name in out
+
+
+def test_stream_writes_a_compact_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--text", "train.txt", "--output", "small", "--length", "16", "--samples", "8", "--param_ratio", "0.6"]
+    assert main(["stream", "tiny", *options, "--device", "cpu"]) == 0
+    model, tokenizer = AutoModelForCausalLM.from_pretrained("small"), AutoTokenizer.from_pretrained("small")
+    size = parameter_report(model)
+    assert 0.5 < size.param_ratio <= 0.6
+    assert f"param_ratio {size.param_ratio:.4f}" in capsys.readouterr().out
+    assert perplexity(model, tokenizer, (folder / "eval.txt").read_text(), window=32).value > 1
+    assert main(["stream", "tiny", *options, "--device", "cpu"]) == 2
+    assert "output: " in capsys.readouterr().err

@@ -14,7 +14,7 @@ import pytest
 from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from distributed_runs import ACCUMULATED, DISTILLED, EVERYTHING, MINNORM, RUNS, WORLD, by_hand, train
+from distributed_runs import ACCUMULATED, DISTILLED, EVERYTHING, LIMITED, MINNORM, RUNS, WORLD, by_hand, train
 from models import assert_bit_equal, make_trainer, tensors, wrap
 from reference import relative_error
 from safetensors.torch import load_file
@@ -77,6 +77,9 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     [
         ("ddp", {}),
         ("everything", {"config": EVERYTHING}),
+        pytest.param(
+            "limited", {"config": LIMITED}, marks=pytest.mark.filterwarnings("ignore:statistics_limit:UserWarning")
+        ),
         ("fsdp", {"config": DISTILLED}),
         ("fsdp-minnorm", {"config": MINNORM, **ACCUMULATED}),
     ],

@@ -19,16 +19,17 @@ PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.
 
 @pytest.mark.timeout(600)
 def test_python_blocks_run(tmp_path: Path):
-    use, load, four_bit = PYTHON_BLOCKS
+    use, load, four_bit, stream = PYTHON_BLOCKS
     # it goes on where the first begins to train; 60 steps once are enough
     four_bit = use.partition("Trainer(")[0].replace("max_steps=60", "max_steps=6") + four_bit
+    stream = use.partition("model = get_peft_model")[0] + stream
     # from_pretrained prefers a local folder to the Hub, so the model's name can stay as it is.
     model = tmp_path / "HuggingFaceTB" / "SmolLM2-135M"
     save_tiny_lm(model, positions=512)
     (tmp_path / "train.txt").write_text(make_text(3000))
     (tmp_path / "eval.txt").write_text(make_text(1500, seed=1))
     printed = []
-    for number, block in enumerate((use, load, four_bit)):
+    for number, block in enumerate((use, load, stream, four_bit)):
         if block == four_bit:  # wide enough for 4-bit kernels
             save_tiny_lm(model, positions=512, hidden=192, intermediate=384)
         script = tmp_path / f"block{number}.py"
@@ -36,6 +37,7 @@ def test_python_blocks_run(tmp_path: Path):
         done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout)
+    assert (tmp_path / "compact-streamed" / "model.safetensors.index.json").exists()
     assert (tmp_path / "compact-nf4" / "model.safetensors").exists()
     param_ratio, model_param_ratio, num_bytes = printed[1].split()[:3]
     assert 0.5 < float(param_ratio) <= 0.6 < float(model_param_ratio) < 1
@@ -70,4 +72,4 @@ def test_commands_exist():
     targets = set(re.findall(r"^ +make (\w+)", README, re.MULTILINE))
     assert targets == {"demo", "test"}
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
-    assert set(re.findall(r"^ +lora-svd (\w+)", README, re.MULTILINE)) == {"analyze", "compress", "evaluate"}
+    assert set(re.findall(r"^ +lora-svd (\w+)", README, re.MULTILINE)) == {"analyze", "compress", "evaluate", "stream"}

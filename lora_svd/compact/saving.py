@@ -67,7 +67,7 @@ def _save(
         model.save_pretrained(staging)
         if self_contained:
             write_code(model, staging)
-        _add_checksums(staging)
+        add_checksums(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         card = compact_card(parameter_report(model), model.name_or_path or "", folder.name)
@@ -84,7 +84,8 @@ def _save(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _add_checksums(folder: Path) -> None:
+def add_checksums(folder: Path) -> None:
+    """Write the SHA-256 of a compact model's weights into its config.json."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     said = config.get("quantization_config", {})

@@ -103,6 +103,15 @@ class TrainedRun:
         }
         return TrainingSummary(layers, self._state.log_history, self._state.global_step, self._schedule)
 
+    def sketched(self) -> dict[str, float]:
+        """The layers that kept a sketch of a Gram matrix, and their share of the targeted parameters."""
+        total = sum(given.shape.parameters for given in self._inputs.values())
+        return {
+            name: given.shape.parameters / total
+            for name, given in self._inputs.items()
+            if self._layers[name].is_sketched(self._adapter)
+        }
+
     def perplexities(
         self, model: nn.Module, param_ratios: Iterable[float], measure: Callable[[nn.Module], Perplexity]
     ) -> dict[float | None, Perplexity]:
