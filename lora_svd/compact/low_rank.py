@@ -32,22 +32,31 @@ def stored_weight(left: Tensor, right: Tensor, order: Tensor | None, split: Sequ
         m1, n1 = split
         rank = left.shape[1] // n1
         whole = Split(m1, n1, right.shape[0] // rank, right.shape[1])
-        return Factors(left.reshape(-1, rank), right.reshape(rank, -1), whole).product()
+        rows = right.reshape(whole.m2, rank, whole.n2).transpose(0, 1)
+        return Factors(left.reshape(-1, rank), rows.reshape(rank, -1), whole).product()
     product = left @ right
     return product if order is None else torch.cat([right, product])[order]
 
 
 def factored_output(x: Tensor, factors: Factors, bias: Tensor | None, scale: float) -> Tensor:
     """``scale * W x + bias`` for a weight in factors, which is not formed. x: (..., in), all of one dtype."""
-    left, right, split = factors.left, factors.right, factors.split
+    left, right = _stored(factors)
     # one scaling of the few hidden features, not of both factors
-    if split is None or split.is_none:
+    if (split := factors.split) is None or split.is_none:
         return F.linear(F.linear(x, right) * scale, left, bias)
-    right, left = right.reshape(-1, split.n2), left.reshape(split.m1, -1)
     result = kronecker_output(
-        x, lambda rows: F.linear(rows, right) * scale, lambda hidden: F.linear(hidden, left), factors.rank, split.n1
+        x, lambda rows: F.linear(rows, right) * scale, lambda hidden: F.linear(hidden, left), split.n1, split.m2
     )
     return result if bias is None else result + bias
+
+
+def _stored(factors: Factors) -> tuple[Tensor, Tensor]:
+    """Weights of the two layers of a :class:`LowRankLinear`: (m1, n1 k) and (m2 k, n2); the factors if not split."""
+    split = factors.split
+    if split is None or split.is_none:
+        return factors.left, factors.right
+    rows = factors.right.reshape(factors.rank, split.m2, split.n2).transpose(0, 1)
+    return factors.left.reshape(split.m1, -1), rows.reshape(-1, split.n2)
 
 
 def compact_module(result: Factors | Tensor, base: nn.Module, dense: Tensor, factor_format: str) -> nn.Module:
@@ -81,9 +90,9 @@ def compact_module(result: Factors | Tensor, base: nn.Module, dense: Tensor, fac
             module.left.weight.copy_(pivoted.coefficients)
             module.order.copy_(pivoted.order.argsort())
         else:
-            balanced = balance(result)
-            module.right.weight.copy_(balanced.right.reshape_as(module.right.weight))
-            module.left.weight.copy_(balanced.left.reshape_as(module.left.weight))
+            left, right = _stored(balance(result))
+            module.right.weight.copy_(right)
+            module.left.weight.copy_(left)
         if bias is not None:
             (module.left.bias if module.bias is None else module.bias).copy_(bias)
     return module

@@ -19,7 +19,7 @@ class LowRankLinear(nn.Module):
     ``factor_format="pivoted"``: right holds k rows of the weight, left the coefficients of the other rows,
     Linear(k, out - k), and ``order`` (out,) says where each output is found; ``k (in + out) - k^2`` parameters.
     ``split=(m1, n1)``: the weight is a sum of k Kronecker products of A (m1, n1) and B (out / m1, in / n1); right,
-    Linear(in / n1, k out / m1), holds every B, left, Linear(n1 k, m1), every A. See :func:`kronecker_output`.
+    Linear(in / n1, out / m1 k), holds every B, left, Linear(n1 k, m1), every A. See :func:`kronecker_output`.
 
     All are exact ``nn.Linear``, so that quantizers and LoRA find them. ``weight`` is one number and no weight: its
     shape contradicts the dense layer's, so that a loader that does not know this class fails instead of keeping the
@@ -60,7 +60,8 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.split is not None:
-            result = kronecker_output(x, self.right, self.left, self.rank, self.split[1])
+            m1, n1 = self.split
+            result = kronecker_output(x, self.right, self.left, n1, self.out_features // m1)
         else:
             hidden = self.right(x)
             if self.factor_format == "factors":
@@ -76,16 +77,16 @@ class LowRankLinear(nn.Module):
 
 
 def kronecker_output(
-    x: Tensor, right: Callable[[Tensor], Tensor], left: Callable[[Tensor], Tensor], rank: int, n1: int
+    x: Tensor, right: Callable[[Tensor], Tensor], left: Callable[[Tensor], Tensor], n1: int, m2: int
 ) -> Tensor:
     """``y = sum_k A_k X B_k^T``, row after row, where X (n1, n2) are the rows that x (..., in) is cut into.
 
     Args:
-        right: all B (m2, n2) at once, (..., n2) -> (..., k m2).
+        right: all B (m2, n2) at once, (..., n2) -> (..., m2 k).
         left: all A (m1, n1) at once, summed, (..., n1 k) -> (..., m1).
     """
-    hidden = right(x.unflatten(-1, (n1, -1))).unflatten(-1, (rank, -1)).flatten(-3, -2)  # (..., n1 k, m2)
-    return left(hidden.mT).mT.flatten(-2)
+    hidden = right(x.unflatten(-1, (n1, -1))).unflatten(-1, (m2, -1))  # (..., n1, m2, k)
+    return left(hidden.transpose(-3, -2).flatten(-2)).mT.flatten(-2)
 
 
 def put_low_rank_layers(model: Any, description: Mapping[str, Any]) -> None:
