@@ -1,6 +1,6 @@
 """Which rank each layer keeps: spectra, shapes and a budget in, ranks out. Pure.
 
-A rank of ``min(out, in)`` means "stored dense": it costs ``out * in`` numbers and has no error.
+The full rank means "stored dense": it costs ``out * in`` numbers and has no error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ FACTOR_FORMATS = ("pivoted", "factors")
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A targeted weight. ``extra_rank`` is stored on top of the kept rank (a bypass that is kept, not absorbed)."""
+    """A targeted weight, in the order in which it is factorized: (out, in), or (m1 n1, m2 n2) for Kronecker products.
+    ``extra_rank`` is stored on top of the kept rank (a bypass that is kept, not absorbed)."""
 
     out_features: int
     in_features: int

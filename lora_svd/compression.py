@@ -49,7 +49,7 @@ class LayerInput:
     """What the pipeline needs of one layer.
 
     Attributes:
-        shape: of the weight, and the ranks stored on top of the kept one.
+        shape: of the matrix that is factorized, and the ranks stored on top of the kept one.
         weight: returns the frozen weight, (out, in), on the CPU in float64.
         statistics: returns what was observed.
         trained: factors that training has changed, if it has.
@@ -85,7 +85,8 @@ def layer_metrics(name: str, layer: LayerInput, settings: CompressionSettings) -
                 "a non-finite loss or gradient. Lower the learning rate, or train in float32 or bfloat16"
             )
     metrics = importance.metrics(seen)
-    for side, metric, of in (("row", metrics.row, "gradients"), ("column", metrics.column, "inputs")):
+    sides = (("row", metrics.row, "gradients"), ("column", metrics.column, "inputs"))
+    for side, metric, of in (*sides, ("element", metrics.elements, "gradients")):
         if metric is not None and not bool(metric.any()):
             warnings.warn(
                 f"{name}: its {of} were zero in every observed step, so all {side}s count alike; leave it out with "
@@ -95,7 +96,14 @@ def layer_metrics(name: str, layer: LayerInput, settings: CompressionSettings) -
     return Metrics(
         row=shrink(metrics.row, settings.row_shrinkage, settings.correlation_shrinkage),
         column=shrink(metrics.column, settings.column_shrinkage),
+        elements=None if metrics.elements is None else _shrunk_elements(metrics.elements, settings.row_shrinkage),
     )
+
+
+def _shrunk_elements(elements: Tensor, amount: float) -> Tensor:
+    shrunk = shrink(elements.flatten(), amount)
+    assert shrunk is not None
+    return shrunk.view_as(elements)
 
 
 def compute_spectra(layers: Mapping[str, LayerInput], settings: CompressionSettings) -> dict[str, Tensor]:
@@ -111,7 +119,7 @@ def compute_spectra(layers: Mapping[str, LayerInput], settings: CompressionSetti
 def choose_ranks(
     layers: Mapping[str, LayerInput], spectra: Mapping[str, Tensor], param_ratio: float, settings: CompressionSettings
 ) -> dict[str, int]:
-    """Kept rank by layer; ``min(out, in)`` means dense."""
+    """Kept rank by layer; the full one means dense."""
     return allocate_ranks(
         spectra,
         {name: layer.shape for name, layer in layers.items()},
@@ -156,13 +164,13 @@ def trained_weight(layer: LayerInput, metrics: Metrics, settings: CompressionSet
 
 
 def absorb(name: str, layer: LayerInput, factors: Factors, bypass: Factors, settings: CompressionSettings) -> Factors:
-    """The truncation of ``left @ right + s B A`` to the rank of ``left``, in the layer's metrics: the bypass at no
+    """The best approximation of ``W_k + s B A`` at the rank of the factors, in the layer's metrics: the bypass at no
     parameters. A bypass that is zero leaves the factors as they are."""
     if not bool(bypass.left.any()):
         return factors
     with in_module(name):
         metrics = layer_metrics(name, layer, settings)
-        return DECOMPOSITIONS[settings.decomposition].truncate(factors.stacked(bypass), metrics, factors.rank)
+        return DECOMPOSITIONS[settings.decomposition].absorb(factors, bypass, metrics)
 
 
 def _progress(layers: Mapping[str, LayerInput], label: str) -> Iterable[tuple[str, LayerInput]]:

@@ -86,7 +86,11 @@ class LoraSVDConfig(PeftConfig):
     param_ratio: float = option(0.8, "Parameters kept / original parameters of the targeted linear layers, in (0, 1].")
     importance: str = option("lora_activation", f"What an error costs: {', '.join(IMPORTANCES)}.")
     allocation: str = option("global", "'global': one budget for all layers; 'uniform': the same share of each layer.")
-    decomposition: str = option("svd", f"Form of the compact weight: {', '.join(DECOMPOSITIONS)}.")
+    decomposition: str = option(
+        "svd",
+        f"Form of the compact weight: {', '.join(DECOMPOSITIONS)}. 'kronecker': a sum of Kronecker products of "
+        "matrices, with factor_format='factors'; 'elementwise': low rank, with importance='fisher_elementwise'.",
+    )
     factor_format: str = option(
         "pivoted", "How rank k is stored: 'pivoted' in k(m+n)-k^2 numbers, 'factors' as two matrices in k(m+n)."
     )
@@ -95,7 +99,7 @@ class LoraSVDConfig(PeftConfig):
     )
     compact_ranks: dict[str, int] | None = option(
         None,
-        "Rank by module name; min(out, in) = dense. Filled by the tuner when it compresses; given, it is used as is.",
+        "Rank by module name; the full one = dense. Filled by the tuner when it compresses; given, it is used as is.",
     )
     compressed: bool = option(
         False, "Whether this adapter holds factors at compact_ranks. Set by the tuner together with compact_ranks."
@@ -111,7 +115,9 @@ class LoraSVDConfig(PeftConfig):
         False, "Train the factors as well in the recovery: better, at the optimizer memory of the kept parameters."
     )
     rank_multiple: int = option(8, "Kept ranks are multiples of this, which is what fast kernels want.")
-    row_shrinkage: float = option(1e-2, "Shrinkage of the row metric towards its mean, relative, in [0, 1].")
+    row_shrinkage: float = option(
+        1e-2, "Shrinkage of the row metric, or of weights of elements, towards its mean, relative, in [0, 1]."
+    )
     correlation_shrinkage: float = option(0.3, "Shrinkage of a full row metric towards its diagonal, in [0, 1].")
     column_shrinkage: float = option(1e-2, "Shrinkage of the column metric towards its mean, relative, in [0, 1].")
 
@@ -145,6 +151,7 @@ class LoraSVDConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = LORA_SVD
         self._check_choices()
+        self._check_combination()
         self._check_numbers()
         self._check_names()
         self._check_layers()
@@ -176,6 +183,28 @@ class LoraSVDConfig(PeftConfig):
         for name in ("compressed", "train_factors", "init_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise LoraSVDError(f"{name}: got {getattr(self, name)!r}, expected True or False")
+
+    def _check_combination(self) -> None:
+        """Raise if the form of the weight does not go with the importance, or with what else is stored of it."""
+        decomposition = DECOMPOSITIONS[self.decomposition]
+        if decomposition.elementwise != IMPORTANCES[self.importance].elementwise:
+            fits = [name for name, other in IMPORTANCES.items() if other.elementwise == decomposition.elementwise]
+            weighs = "every element on its own" if decomposition.elementwise else "rows and columns"
+            raise LoraSVDError(
+                f"importance: got {self.importance!r} with decomposition={self.decomposition!r}, which weighs "
+                f"{weighs}: expected one of {sorted(fits)}; or set another decomposition"
+            )
+        if decomposition.is_low_rank:
+            return
+        for name, valid, reason in (
+            ("factor_format", "factors", "a sum of Kronecker products has no rows of its weight to store"),
+            ("compensation", "absorb", "a bypass of rank r is no sum of r Kronecker products"),
+        ):
+            if getattr(self, name) != valid:
+                raise LoraSVDError(
+                    f"{name}: got {getattr(self, name)!r} with decomposition={self.decomposition!r}, expected "
+                    f"{valid!r}: {reason}"
+                )
 
     def _check_numbers(self) -> None:
         for name, number in _NUMBERS.items():

@@ -20,10 +20,12 @@ class Importance:
     Attributes:
         statistics: names in ``statistics.STATISTICS``.
         metrics: ``statistics -> Metrics``.
+        elementwise: whether these are weights of single elements.
     """
 
     statistics: tuple[str, ...]
     metrics: Callable[[LayerStatistics], Metrics]
+    elementwise: bool = False
 
 
 def lora(seen: LayerStatistics) -> Metrics:
@@ -53,6 +55,11 @@ def fisher(seen: LayerStatistics) -> Metrics:
     A widespread implementation weights input columns, and shifts the labels twice.
     """
     return Metrics(row=seen.mean("weight_gradient_rows"))
+
+
+def fisher_elementwise(seen: LayerStatistics) -> Metrics:
+    """TFWSVD (Hua et al. 2022): every element by its own ``E[(dL/dw_ij)^2]``, without the assumption on rows."""
+    return Metrics(elements=seen.mean("weight_gradient_square"))
 
 
 def activation_scale(seen: LayerStatistics) -> Metrics:
@@ -85,6 +92,7 @@ IMPORTANCES: dict[str, Importance] = {
     "lora_minnorm": Importance(("minnorm_rows",), lora_minnorm),
     "lora_activation": Importance(("gradient_rows", "input_gram"), lora_activation),
     "fisher": Importance(("weight_gradient_rows",), fisher),
+    "fisher_elementwise": Importance(("weight_gradient_square",), fisher_elementwise, elementwise=True),
     "activation_scale": Importance(("input_abs",), activation_scale),
     "activation": Importance(("input_gram",), activation),
     "gradient_activation": Importance(("output_square", "input_gram"), gradient_activation),

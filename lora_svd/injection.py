@@ -193,12 +193,13 @@ def _check_saved(name: str, layer: LoraSVDLinear, adapter_name: str, saved: Mapp
     if missing:
         raise LoraSVDError(f"{name}.{missing[0]}: missing in this adapter, or under another name; get its file again")
     out_features, in_features = layer.out_features, layer.in_features
+    rows, columns = layer.split[adapter_name].shape
     rank = min(saved[PREFIX + "right"].shape[:1], default=0) if "left" in needed else 0
     expected = {
         "A": (layer.r[adapter_name], in_features),
         "B": (out_features, layer.r[adapter_name]),
-        "left": (out_features, rank),
-        "right": (rank, in_features),
+        "left": (rows, rank),
+        "right": (rank, columns),
         "counts": (len(COUNTS),),
         **{statistic: layer.statistic_shape(adapter_name, statistic) for statistic in STATISTICS},
     }

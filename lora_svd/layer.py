@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from . import distributed
 from .allocation import LayerShape
-from .compact import num_bytes
-from .decompositions import Factors, balance
+from .compact import factored_output, num_bytes
+from .decompositions import DECOMPOSITIONS, Factors, Split, balance
 from .errors import LoraSVDError, NumericalError
 from .observation import STATE, ObservedLayer
 from .peft_type import PREFIX
@@ -39,18 +39,13 @@ class LoraSVDLinear(ObservedLayer):
     """``y = W x + s B A x``, later ``y = left (right x) + s B A x``; bias as in the base layer.
 
     Per adapter: trainable A (r, in) and B (out, r); buffers for the statistics while the weight is whole, and for the
-    factors left (out, k) and right (k, in) once it is not. All of it is saved with the adapter. With several active
-    adapters their changes of the output add up; that of a compressed one is ``left right x - W x + s B A x``.
+    factors left (out, k) and right (k, in) once it is not, or of the shape that ``split`` makes of it. All of it is
+    saved with the adapter. With several active adapters their changes of the output add up; that of a compressed one is
+    ``left right x - W x + s B A x``.
     """
 
     adapter_layer_names = ("lora_svd_A", "lora_svd_B")
-    other_param_names = (
-        "r",
-        "lora_alpha",
-        "scaling",
-        "lora_svd_dropout",
-        *(PREFIX + name for name in SAVED),
-    )
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_svd_dropout", "split", *(PREFIX + name for name in SAVED))
     base_layer: nn.Module
 
     def __init__(self, base_layer: nn.Module, shared: SharedGram, **kwargs: Any) -> None:
@@ -64,6 +59,7 @@ class LoraSVDLinear(ObservedLayer):
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
+        self.split: dict[str, Split] = {}
         self.lora_svd_dropout = nn.ModuleDict()
         self.lora_svd_A = nn.ParameterDict()
         self.lora_svd_B = nn.ParameterDict()
@@ -94,6 +90,7 @@ class LoraSVDLinear(ObservedLayer):
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = config.lora_alpha if lora_alpha is None else lora_alpha
         self.scaling[adapter_name] = self.lora_alpha[adapter_name] / r
+        self.split[adapter_name] = DECOMPOSITIONS[config.decomposition].split(self.out_features, self.in_features)
         self.lora_svd_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.lora_svd_A[adapter_name] = nn.Parameter(torch.empty(r, self.in_features))
         self.lora_svd_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, r))
@@ -103,8 +100,9 @@ class LoraSVDLinear(ObservedLayer):
         else:
             nn.init.kaiming_uniform_(self.lora_svd_B[adapter_name], a=math.sqrt(5))
         rank = (config.compact_ranks or {}).get(key)
-        if config.compressed and rank is not None and rank < min(self.in_features, self.out_features):
-            zeros = Factors(torch.zeros(self.out_features, rank), torch.zeros(rank, self.in_features))
+        rows, columns = self.split[adapter_name].shape
+        if config.compressed and rank is not None and rank < min(rows, columns):
+            zeros = Factors(torch.zeros(rows, rank), torch.zeros(rank, columns))
             rounded = self.rounded_factors(zeros, trainable=config.trains_factors)
             self.set_factors(adapter_name, rounded, trainable=config.trains_factors)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -112,14 +110,14 @@ class LoraSVDLinear(ObservedLayer):
         self.observe(adapter_name, config)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        for state in (self._observed, self._sketches, self._statistics_device):
+        for state in (self._observed, self._token_shares, self._sketches, self._statistics_device):
             state.pop(adapter_name, None)
         self.reset_state(adapter_name)
         super().delete_adapter(adapter_name)
 
     def layer_shape(self, adapter_name: str, *, keep: bool) -> LayerShape:
-        """Shape of the weight; with ``keep`` the bypass is stored on top of the kept rank."""
-        return LayerShape(self.out_features, self.in_features, self.r[adapter_name] if keep else 0)
+        """Shape of what is factorized; with ``keep`` the bypass is stored on top of the kept rank."""
+        return LayerShape(*self.split[adapter_name].shape, self.r[adapter_name] if keep else 0)
 
     @property
     def weight(self) -> Tensor:
@@ -149,15 +147,15 @@ class LoraSVDLinear(ObservedLayer):
 
     def factors(self, adapter_name: str) -> Factors | None:
         """The factors that stand for the weight, or None while it is whole or stays dense."""
-        left, right = self._state("left"), self._state("right")
-        if adapter_name not in left:
+        if adapter_name not in self._state("left"):
             return None
-        return Factors(left[adapter_name] / _FACTOR_SCALE, right[adapter_name] / _FACTOR_SCALE)
+        left, right = (self._state(name)[adapter_name] / _FACTOR_SCALE for name in _FACTORS)
+        return Factors(left, right, self.split[adapter_name])
 
     def kept_rank(self, adapter_name: str) -> int:
-        """Rank of the factors; ``min(out, in)`` where the weight is whole."""
+        """Rank of the factors; the full one where the weight is whole."""
         factors = self.factors(adapter_name)
-        return min(self.in_features, self.out_features) if factors is None else factors.rank
+        return self.split[adapter_name].full_rank if factors is None else factors.rank
 
     def trainable_factors(self) -> Iterator[nn.Parameter]:
         """The factors that are trained."""
@@ -271,7 +269,7 @@ class LoraSVDLinear(ObservedLayer):
         compressed = [name for name in adapters if name in self._state("left")]
         if len(compressed) == 1:  # the usual case: the base weight is not needed at all
             bias = self.get_base_layer().bias
-            return self._low_rank_output(x, compressed[0], bias if isinstance(bias, Tensor) else None)
+            return self._factored_output(x, compressed[0], bias if isinstance(bias, Tensor) else None)
         result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
@@ -279,14 +277,13 @@ class LoraSVDLinear(ObservedLayer):
             weight = self.dense_weight().to(x.dtype)
             result = result - len(compressed) * F.linear(x, weight)
         for name in compressed:
-            result = result + self._low_rank_output(x, name)
+            result = result + self._factored_output(x, name)
         return result
 
-    def _low_rank_output(self, x: Tensor, adapter_name: str, bias: Tensor | None = None) -> Tensor:
-        left, right = (self._state(name)[adapter_name] for name in _FACTORS)
-        # one scaling of the few hidden features, not of both factors; without copies of them in another type
-        hidden = F.linear(x, _as_input(right, x)) / _FACTOR_SCALE**2
-        return F.linear(hidden, _as_input(left, x), None if bias is None else _as_input(bias, x))
+    def _factored_output(self, x: Tensor, adapter_name: str, bias: Tensor | None = None) -> Tensor:
+        left, right = (_as_input(self._state(name)[adapter_name], x) for name in _FACTORS)
+        stored = Factors(left, right, self.split[adapter_name])
+        return factored_output(x, stored, None if bias is None else _as_input(bias, x), _FACTOR_SCALE**-2)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter is a plain LoRA, that is, not yet compressed."""

@@ -25,10 +25,12 @@ class Metrics:
     Attributes:
         row: None, (out,) or (out, out).
         column: None, (in,) or (in, in).
+        elements: F (out, in), if an error costs ``sum_ij F_ij D_ij^2`` instead; row and column are then None.
     """
 
     row: Tensor | None = None
     column: Tensor | None = None
+    elements: Tensor | None = None
 
     @property
     def transposed(self) -> Metrics:

@@ -28,7 +28,7 @@ from .compression import (
     layer_metrics,
 )
 from .config import LoraSVDConfig
-from .decompositions import Factors
+from .decompositions import DECOMPOSITIONS, Factors
 from .errors import LoraSVDError, NumericalError
 from .layer import LoraSVDLinear
 from .linalg import Metrics
@@ -105,6 +105,12 @@ class LoraSVDModel(PhasedModel):
                 "quantization_config: got one for a dense model, expected compact=True and param_ratio < 1. Save the "
                 "merged model and give it to from_pretrained"
             )
+        if any(not DECOMPOSITIONS[self._config(name).decomposition].is_low_rank for name in names):
+            raise LoraSVDError(
+                "decomposition: got 'kronecker' with a quantization_config, expected a low-rank one: its factors are "
+                "reshaped when they are applied, and rows as short as theirs do not fill the blocks of 64 that share a "
+                "scale. Leave the quantization out"
+            )
         if any(self._config(name).factor_format != "factors" for name in names):
             raise LoraSVDError(
                 "factor_format: got 'pivoted' with a quantization_config, expected 'factors', since pivoted ones "
@@ -142,12 +148,13 @@ class LoraSVDModel(PhasedModel):
         for name, module in modules.items():
             self.model.set_submodule(name, module)
         return LoraSVDCompactConfig(
-            ranks={name: given.shape.full_rank for name, given in inputs.items()},
+            ranks={name: min(layer.out_features, layer.in_features) for name, layer in layers.items()},
             factor_format=config.factor_format,
             dense_parameters=sum(given.shape.parameters for given in inputs.values()),
             tied_parameters=sum(inputs[name].shape.parameters for name in tied),
             method={
-                name: getattr(config, name) for name in ("importance", "allocation", "compensation", "param_ratio")
+                name: getattr(config, name)
+                for name in ("importance", "allocation", "decomposition", "compensation", "param_ratio")
             },
         )
 

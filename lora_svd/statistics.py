@@ -150,11 +150,11 @@ def _sensitivity_rows(gradient: Tensor, step: StepObservation) -> Tensor:
     return (gradient * (step.lora_B @ step.lora_A + step.weight)).square().sum(1)
 
 
-def _weight_gradient_rows(seen: TokenObservation) -> Tensor:
-    """``sum over samples of sum_j (dL/dw_ij)^2``, (out,): gradients of single samples, as FWSVD defines it."""
-    total = torch.zeros(seen.g.shape[-1], device=seen.g.device)
+def _weight_gradient_square(seen: TokenObservation) -> Tensor:
+    """``sum over samples of (dL/dw_ij)^2``, (out, in): gradients of single samples, as FWSVD and TFWSVD define it."""
+    total = torch.zeros(seen.g.shape[-1], seen.x.shape[-1], device=seen.g.device)
     for x, g in zip(seen.x, seen.g, strict=True):
-        total += (g.T @ x).square().sum(1)
+        total += (g.T @ x).square_()
     return total
 
 
@@ -189,7 +189,8 @@ STATISTICS: dict[str, Statistic] = {
         rows=lambda seen: seen.g.flatten(0, 1),
     ),
     "output_square": Statistic(lambda m, _: (m,), "token", lambda seen: seen.g.square().sum((0, 1))),
-    "weight_gradient_rows": Statistic(lambda m, _: (m,), "sample", _weight_gradient_rows),
+    "weight_gradient_rows": Statistic(lambda m, _: (m,), "sample", lambda seen: _weight_gradient_square(seen).sum(1)),
+    "weight_gradient_square": Statistic(lambda m, n: (m, n), "sample", _weight_gradient_square),
     "lora_rows": Statistic(lambda m, _: (m,), "step", lambda step: _sensitivity_rows(lora_gradient(step), step), True),
     "gradient_rows": Statistic(lambda m, _: (m,), "step", gradient_rows),
     "minnorm_rows": Statistic(

@@ -143,7 +143,8 @@ class Tensors:
     def __init__(self, folder: Path, model: PreTrainedModel) -> None:
         self._folder = folder
         self._file_of = self._files()
-        self._ranks = (getattr(model.config, "quantization_config", None) or {}).get("ranks", {})
+        said = getattr(model.config, "quantization_config", None) or {}
+        self._ranks, self._splits = said.get("ranks", {}), said.get("splits", {})
         # Some models have other names in memory than in their files; what is put together from several tensors while
         # it is loaded is no linear layer of the file.
         names = names_in_model(model, self._file_of)
@@ -186,12 +187,12 @@ class Tensors:
 
     def rank(self, key: str) -> int:
         """Of a low-rank layer; a 4-bit tensor's shape does not tell."""
-        right = f"{key}.right.weight"
-        if self.is_4bit(right):
+        left = f"{key}.left.weight"
+        if self.is_4bit(left):
             return self._ranks[key]
-        stored = self._stored[right]
+        stored = self._stored[left]
         with self._open(self._file_of[stored]) as file:
-            return file.get_slice(stored).get_shape()[0]
+            return file.get_slice(stored).get_shape()[1] // self._splits.get(key, (0, 1))[1]
 
     def is_4bit(self, key: str) -> bool:
         return f"{key}.absmax" in self
@@ -209,7 +210,8 @@ class Tensors:
     def product(self, key: str) -> Tensor:
         """The weight (out, in) of a low-rank layer."""
         left, right = (self.weight(f"{key}.{side}.weight").double() for side in ("left", "right"))
-        return stored_weight(left, right, self._read(f"{key}.order") if f"{key}.order" in self else None)
+        order = self._read(f"{key}.order") if f"{key}.order" in self else None
+        return stored_weight(left, right, order, self._splits.get(key))
 
     def _read(self, key: str) -> Tensor:
         return self.read_stored(self._stored[key])

@@ -191,7 +191,8 @@ KINDS = ("llama", "gpt2", "opt", "t5", "bert", "vit")  # one of each kind, where
 
 def settings(**changes: Any) -> LoraSVDConfig:
     """Small enough for the tiny models: any rank is allowed, so that budgets are met closely."""
-    return LoraSVDConfig(**{"r": 4, "lora_alpha": 8, "param_ratio": 0.6, "rank_multiple": 1, **changes})
+    form = {"decomposition": "elementwise"} if changes.get("importance") == "fisher_elementwise" else {}
+    return LoraSVDConfig(**{"r": 4, "lora_alpha": 8, "param_ratio": 0.6, "rank_multiple": 1, **form, **changes})
 
 
 def wrap(architecture: Architecture = LLAMA, **changes: Any) -> PeftModel:

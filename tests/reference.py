@@ -57,6 +57,19 @@ def truncate_with_transpose_trap(W, C, X, rank):
     return torch.linalg.inv(left) @ (U[:, :rank] * S[:rank]) @ Vh[:rank] @ torch.linalg.inv(right)
 
 
+def elementwise_objective(W, F, left, right, ridge):
+    """sum_ij F_ij (w_ij - a_i . b_j)^2 + lambda (sum |a_i|^2 + sum |b_j|^2)."""
+    errors = [F[i, j] * (W[i, j] - left[i] @ right[:, j]) ** 2 for i in range(W.shape[0]) for j in range(W.shape[1])]
+    return float(sum(errors) + ridge * (left.square().sum() + right.square().sum()))
+
+
+def rearranged(W, m1, n1):
+    """M[(i1, j1), (i2, j2)] = W[i1 m2 + i2, j1 n2 + j2]: one row for each of the m1 n1 blocks (m2, n2) of W."""
+    m2, n2 = W.shape[0] // m1, W.shape[1] // n1
+    blocks = [W[i * m2 : (i + 1) * m2, j * n2 : (j + 1) * n2] for i in range(m1) for j in range(n1)]
+    return torch.stack([torch.cat(list(block)) for block in blocks])
+
+
 # -- allocation and schedule -------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import strategies as st
@@ -118,13 +118,25 @@ def configurations(draw: st.DrawFn, net: Net) -> dict[str, Any]:
     chosen = draw(st.fixed_dictionaries(fields))
     if chosen["layers_to_transform"] is None:
         chosen["layers_pattern"] = None
+    chosen |= draw(fitting(chosen["decomposition"]))
     return {"param_ratio": draw(ratios(net, chosen)), **chosen}
+
+
+def fitting(name: str) -> st.SearchStrategy[dict[str, Any]]:
+    """What a decomposition needs of other fields."""
+    decomposition = DECOMPOSITIONS[name]
+    kinds = [name for name, preset in IMPORTANCES.items() if preset.elementwise == decomposition.elementwise]
+    stored = {} if decomposition.is_low_rank else {"factor_format": "factors", "compensation": "absorb"}
+    return st.fixed_dictionaries(
+        {"importance": st.sampled_from(sorted(kinds)), **{k: st.just(v) for k, v in stored.items()}}
+    )
 
 
 def ratios(net: Net, fields: dict[str, Any]) -> st.SearchStrategy[float]:
     """Mostly shares that rank 1 fits into, which is a large part of so small a layer."""
     extra = fields["r"] if fields["compensation"] == "keep" else 0
-    shapes = [replace(shape, extra_rank=extra) for shape in net.layers.values()]
+    split = DECOMPOSITIONS[fields["decomposition"]].split
+    shapes = [LayerShape(*split(shape.out_features, shape.in_features).shape, extra) for shape in net.layers.values()]
     least = sum(min(stored_parameters(shape, 1, fields["factor_format"]), shape.parameters) for shape in shapes)
     share = least / sum(shape.parameters for shape in shapes) if shapes else 0.3
     return st.floats(min(1, share + 1e-6), 1) | st.floats(min(1, share + 0.1), 1) | st.sampled_from([1, 0.7, 0.5, 1e-9])
@@ -144,6 +156,8 @@ CHOICES = {
 def cases(draw: st.DrawFn, families: tuple[str, ...] = ("net",)) -> Case:
     net = draw(nets(draw(st.sampled_from(families))))
     fields = draw(configurations(net))
+    if draw(st.sampled_from([False] * 19 + [True])):  # which may not fit the rest
+        fields["decomposition"] = draw(st.sampled_from(sorted(DECOMPOSITIONS)))
     return Case(
         net,
         fields,

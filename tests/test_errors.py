@@ -55,7 +55,7 @@ def stopped(folder: Path, **changes: Any) -> PeftModel:
         ("column_shrinkage", None, "got None, expected a number"),
         ("importance", "magnitude", "unknown value 'magnitude', expected one of .*"),
         ("allocation", "greedy", r"unknown value 'greedy', expected one of \['global', 'uniform'\]"),
-        ("decomposition", "qr", r"unknown value 'qr', expected one of \['svd'\]"),
+        ("decomposition", "qr", r"unknown value 'qr', expected one of \['elementwise', 'kronecker', 'svd'\]"),
         ("factor_format", "dense", r"unknown value 'dense', expected one of \['factors', 'pivoted'\]"),
         (
             "compensation",
@@ -69,6 +69,33 @@ def stopped(folder: Path, **changes: Any) -> PeftModel:
 def test_config_field_out_of_range(field: str, value: object, says: str) -> None:
     with pytest.raises(LoraSVDError, match=f"^{field}: {says}"):
         LoraSVDConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (
+            {"decomposition": "kronecker"},
+            "factor_format: got 'pivoted' with decomposition='kronecker', expected 'factors': a sum of Kronecker",
+        ),
+        (
+            {"decomposition": "elementwise"},
+            "importance: got 'lora_activation' with decomposition='elementwise', which weighs every element on its own:"
+            r" expected one of \['fisher_elementwise'\]",
+        ),
+        (
+            {"importance": "fisher_elementwise"},
+            "importance: got 'fisher_elementwise' with decomposition='svd', which weighs rows and columns: expected",
+        ),
+        (
+            {"decomposition": "kronecker", "factor_format": "factors", "compensation": "keep"},
+            "compensation: got 'keep' with decomposition='kronecker', expected 'absorb': a bypass of rank r is no sum",
+        ),
+    ],
+)
+def test_forms_that_do_not_go_together(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(LoraSVDError, match=f"^{says}"):
+        LoraSVDConfig(**fields)
 
 
 def test_unknown_importance_lists_every_preset() -> None:

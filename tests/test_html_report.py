@@ -214,8 +214,18 @@ def test_parts_of_a_llama():
 
 class TestTrainedRun:
     @pytest.mark.parametrize(
-        "changes", [{}, {"train_factors": True}, {"compensation": "keep"}, {"factor_format": "factors"}], ids=str
+        "changes",
+        [
+            {},
+            {"train_factors": True},
+            {"compensation": "keep"},
+            {"factor_format": "factors"},
+            {"factor_format": "factors", "decomposition": "kronecker"},
+            {"importance": "fisher_elementwise"},
+        ],
+        ids=str,
     )
+    @pytest.mark.filterwarnings("ignore:alternating least squares")
     def test_another_size_is_that_of_set_param_ratio(self, changes: dict[str, Any], tmp_path: Path):
         model, trained = train(tmp_path, **changes)
         others = {ratio: copy.deepcopy(model) for ratio in (0.8, 0.9, 0.5)}

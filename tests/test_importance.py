@@ -185,6 +185,7 @@ def test_presets_are_the_formulas(seen):
         "lora_minnorm": (S["minnorm_rows"] / 2, None),
         "lora_activation": (S["gradient_rows"] / 2, X),
         "fisher": (S["weight_gradient_rows"] / 4, None),
+        "fisher_elementwise": (None, None),
         "activation_scale": (None, S["input_abs"] / 10),
         "activation": (None, X),
         "gradient_activation": (S["output_square"] / 10, X),
@@ -198,6 +199,9 @@ def test_presets_are_the_formulas(seen):
         for found, wanted in ((metrics.row, row), (metrics.column, column)):
             assert (found is None) == (wanted is None)
             assert found is None or reference.relative_error(found, wanted) < 1e-12
+        assert (metrics.elements is not None) == IMPORTANCES[name].elementwise
+    elements = IMPORTANCES["fisher_elementwise"].metrics(seen).elements
+    assert torch.equal(elements, S["weight_gradient_square"] / 4)
 
 
 def test_gradient_rows_estimate_the_diagonal_of_the_gradient_covariance():

@@ -37,6 +37,7 @@ SEED = torch.default_generator.manual_seed  # torch.manual_seed asks for acceler
 DATA = torch.tensor([[0, 1, 2], [3, 4, 0], [1, 3, 3]])
 KNOWN_WARNINGS = (
     "its (gradients|inputs) were zero in every observed step",
+    "alternating least squares of a weight of",
     "(rank|alpha)_pattern keys did not match any targeted module",  # the rest are PEFT's
     "no modules were excluded",
     "a tied layer is part of the adapter, but no implementation exists to tie the adapters",

@@ -17,9 +17,8 @@ from lora_svd.statistics import STATISTICS, SharedGram, observe_tokens
 
 NAMES = ("query", "key", "out")
 TOKEN_STATISTICS = [name for name, statistic in STATISTICS.items() if statistic.per == "token"]
-PRESETS = [
-    name for name, preset in IMPORTANCES.items() if {*preset.statistics} & {*TOKEN_STATISTICS, "weight_gradient_rows"}
-]
+OBSERVED = {*TOKEN_STATISTICS, "weight_gradient_rows", "weight_gradient_square"}
+PRESETS = [name for name, preset in IMPORTANCES.items() if {*preset.statistics} & OBSERVED]
 
 
 class Branches(nn.Module):
@@ -35,8 +34,15 @@ class Branches(nn.Module):
 
 def adapt(base, importance="kronecker"):
     """The tuner around a copy, with a bypass that is not zero."""
+    form = "elementwise" if IMPORTANCES[importance].elementwise else "svd"
     config = LoraSVDConfig(
-        r=2, lora_alpha=3, target_modules=list(NAMES), importance=importance, init_weights=False, param_ratio=0.5
+        decomposition=form,
+        r=2,
+        lora_alpha=3,
+        target_modules=list(NAMES),
+        importance=importance,
+        init_weights=False,
+        param_ratio=0.5,
     )
     return get_peft_model(copy.deepcopy(base), config)
 
@@ -81,17 +87,21 @@ def expected(model, base, batches):
     """Means over tokens and, weight by weight and sample by sample, squared gradients."""
     dense, single = adapted_dense(model, base), adapted_dense(model, base)
     weights = [single.get_submodule(name).weight for name in NAMES]
-    recorder, rows = reference.Recorder(dense, NAMES), dict.fromkeys(NAMES, 0)
+    recorder, squares = reference.Recorder(dense, NAMES), dict.fromkeys(NAMES, 0)
     for x, mask in batches:
         sample_losses(dense(x.double()), mask.double()).sum().backward()
         for one in sample_losses(single(x.double()), mask.double()):
             for name, gradient in zip(NAMES, torch.autograd.grad(one, weights, retain_graph=True), strict=True):
-                rows[name] = rows[name] + gradient.square().sum(1)
+                squares[name] = squares[name] + gradient.square()
     samples = sum(len(x) for x, _ in batches)
     return {
-        name: {**reference.token_statistics(recorder.pairs(name)), "weight_gradient_rows": rows[name] / samples}
+        name: {**reference.token_statistics(recorder.pairs(name)), **weight_gradients(squares[name] / samples)}
         for name in NAMES
     }
+
+
+def weight_gradients(square):
+    return {"weight_gradient_square": square, "weight_gradient_rows": square.sum(1)}
 
 
 @pytest.mark.parametrize(
@@ -104,7 +114,7 @@ def test_statistics_equal_a_dense_float64_recomputation(importance, shapes):
     model = adapt(base, importance)
     seen, wanted = observe(model, batches), expected(model, base, batches)
     for name in NAMES:
-        for statistic in {*IMPORTANCES[importance].statistics} & {*TOKEN_STATISTICS, "weight_gradient_rows"}:
+        for statistic in {*IMPORTANCES[importance].statistics} & OBSERVED:
             assert seen[name].sums[statistic].dtype == torch.float32
             assert reference.relative_error(seen[name].mean(statistic), wanted[name][statistic]) < 1e-5
         counted = sum(int(mask.sum()) for _, mask in batches)
@@ -171,8 +181,8 @@ def test_sums_stay_float32_under_autocast(importance, inside):
             loss.backward()
     if not inside:
         loss.backward()
-    per_sample = torch.einsum("sto,sti->soi", g.double(), x.double()).square().sum(-1).mean(0)
-    wanted = {**reference.token_statistics([(x, g)]), "weight_gradient_rows": per_sample}
+    per_sample = torch.einsum("sto,sti->soi", g.double(), x.double()).square().mean(0)
+    wanted = {**reference.token_statistics([(x, g)]), **weight_gradients(per_sample)}
     seen = layer.statistics("default")
     for statistic in IMPORTANCES[importance].statistics:
         assert seen.sums[statistic].dtype == torch.float32

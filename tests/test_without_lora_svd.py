@@ -54,8 +54,9 @@ def test_loads_and_saves_in_another_process(tmp_path: Path) -> None:
     for name in ("llama", "gpt2", "t5"):
         architecture = ARCHITECTURES[name]
         heads = {} if name == "gpt2" else {"target_modules": ["q_proj", "q", "lm_head"], "param_ratio": 0.8}
-        form = "pivoted" if name == "gpt2" else "factors"
-        compact = trained(tmp_path / "run", architecture, factor_format=form, **heads).merge_and_unload()
+        form = {"factor_format": "pivoted" if name == "gpt2" else "factors"}
+        form |= {"decomposition": "kronecker"} if name == "t5" else {}
+        compact = trained(tmp_path / "run", architecture, **form, **heads).merge_and_unload()
         auto = "AutoModelForSeq2SeqLM" if name == "t5" else "AutoModelForCausalLM"
         save_compact(compact, tmp_path / f"{name}-compact", self_contained=True)
         saved = {"inputs": architecture.inputs(), "logits": logits(compact, architecture)}

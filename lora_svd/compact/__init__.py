@@ -4,7 +4,7 @@ from .card import compact_card
 from .dense import densify
 from .hub import push_compact
 from .loader import LoraSVDCompactConfig, LoraSVDCompactQuantizer, describe_compact, untie
-from .low_rank import LowRankLinear, compact_module, dense_weight, stored_weight
+from .low_rank import LowRankLinear, compact_module, dense_weight, factored_output, stored_weight
 from .quantized import check_quantization, keep_unpacked, quantize_modules
 from .report import LayerReport, ParameterReport, parameter_report
 from .saving import save_compact
@@ -22,6 +22,7 @@ __all__ = [
     "dense_weight",
     "densify",
     "describe_compact",
+    "factored_output",
     "keep_unpacked",
     "num_bytes",
     "parameter_report",

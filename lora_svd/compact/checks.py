@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -20,6 +21,26 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from ..checkpoints import checksum
 from ..errors import LoraSVDError
 from .low_rank import LowRankLinear
+
+
+def check_types(
+    ranks: Any, quantized: Any, splits: Any, counts: Mapping[str, Any], mappings: Mapping[str, Any]
+) -> None:
+    """Raise unless the fields of a config.json, which may come from anywhere, have their types."""
+    for field, value in {"ranks": ranks, "splits": splits, **mappings}.items():
+        if not isinstance(value, Mapping | None):
+            raise LoraSVDError(f"{field}: this compact checkpoint gives {value!r}, expected a mapping")
+    for field, value in counts.items():
+        if type(value) is not int or value < 0:
+            raise LoraSVDError(f"{field}: this compact checkpoint gives {value!r}, expected an integer >= 0")
+    for name, rank in (ranks or {}).items():
+        if type(rank) is not int or rank < 1:
+            raise LoraSVDError(f"{name}: the compact checkpoint gives rank {rank!r}, expected a positive integer")
+    for name, split in (splits or {}).items():
+        if not (isinstance(split, list) and len(split) == 2 and all(type(n) is int and n >= 1 for n in split)):
+            raise LoraSVDError(f"{name}: the compact checkpoint is split by {split!r}, expected two positive integers")
+    if isinstance(quantized, str) or not all(isinstance(name, str) for name in quantized):
+        raise LoraSVDError(f"quantized: this compact checkpoint gives {quantized!r}, expected a list of module names")
 
 
 def check_inside(path: str | Path, folder: str | Path) -> Path:

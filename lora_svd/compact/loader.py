@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..allocation import FACTOR_FORMATS
 from ..errors import LoraSVDError
-from .checks import check_tensors, saved_shapes
+from .checks import check_tensors, check_types, saved_shapes
 from .low_rank import LowRankLinear
 from .quantized import empty_quantized, inner_quantizer, keep_unpacked, quantized_names
 
@@ -31,6 +31,7 @@ class LoraSVDCompactConfig(QuantizationConfigMixin):
 
     Attributes:
         ranks: stored rank of each targeted module; one that is stored dense has ``min(out, in)``.
+        splits: [m1, n1] of the modules that are sums of Kronecker products, as in ``LowRankLinear``.
         factor_format: "pivoted" or "factors".
         dense_parameters: numbers in the targeted weights before compression, the denominator of ``param_ratio``.
         tied_parameters: those of them that were the weight of another module as well (a head tied to the embedding).
@@ -51,6 +52,7 @@ class LoraSVDCompactConfig(QuantizationConfigMixin):
         bitsandbytes: Mapping[str, Any] | None = None,
         quantized: Iterable[str] = (),
         checksums: Mapping[str, str] | None = None,
+        splits: Mapping[str, list[int]] | None = None,
         format_version: int = FORMAT_VERSION,
         **_: Any,
     ) -> None:
@@ -63,14 +65,16 @@ class LoraSVDCompactConfig(QuantizationConfigMixin):
             raise LoraSVDError(
                 f"factor_format: unknown value {factor_format!r}, expected one of {sorted(FACTOR_FORMATS)}"
             )
-        _check_types(
+        check_types(
             ranks,
             quantized,
+            splits,
             counts={"dense_parameters": dense_parameters, "tied_parameters": tied_parameters},
             mappings={"method": method, "bitsandbytes": bitsandbytes, "checksums": checksums},
         )
         self.quant_method: Any = "lora_svd"
         self.ranks = dict(ranks or {})
+        self.splits = dict(splits or {})
         self.factor_format = factor_format
         self.dense_parameters = dense_parameters
         self.tied_parameters = tied_parameters
@@ -119,13 +123,13 @@ class LoraSVDCompactQuantizer(HfQuantizer):
         shapes = saved_shapes(checkpoint_files or [], model.name_or_path, config.checksums)
         prefix = model.base_model_prefix + "."
         plain = {key: shape for key, shape in shapes.items() if key not in packed}
-        _check_ranks(config.ranks, plain, prefix)
+        _check_ranks(config, plain, prefix)
         for saved_name, rank in config.ranks.items():
             name, dense = _find(model, saved_name)
             untie(model, name)
             if len(plain.get(f"{saved_name}.weight", ())) == 2:  # stored dense, maybe for a head of another size
                 continue
-            _replace(model, name, dense, rank, config.factor_format)
+            _replace(model, name, dense, rank, config.factor_format, config.splits.get(saved_name))
         for saved_name in config.quantized:
             name, linear = _find(model, saved_name)
             if isinstance(linear, nn.Linear | Conv1D):
@@ -148,26 +152,16 @@ class LoraSVDCompactQuantizer(HfQuantizer):
         return True
 
 
-def _check_types(ranks: Any, quantized: Any, counts: Mapping[str, Any], mappings: Mapping[str, Any]) -> None:
-    """Raise unless the fields of a config.json, which may come from anywhere, have their types."""
-    for field, value in {"ranks": ranks, **mappings}.items():
-        if not isinstance(value, Mapping | None):
-            raise LoraSVDError(f"{field}: this compact checkpoint gives {value!r}, expected a mapping")
-    for field, value in counts.items():
-        if type(value) is not int or value < 0:
-            raise LoraSVDError(f"{field}: this compact checkpoint gives {value!r}, expected an integer >= 0")
-    for name, rank in (ranks or {}).items():
-        if type(rank) is not int or rank < 1:
-            raise LoraSVDError(f"{name}: the compact checkpoint gives rank {rank!r}, expected a positive integer")
-    if isinstance(quantized, str) or not all(isinstance(name, str) for name in quantized):
-        raise LoraSVDError(f"quantized: this compact checkpoint gives {quantized!r}, expected a list of module names")
-
-
-def _check_ranks(ranks: Mapping[str, int], shapes: Mapping[str, list[int]], prefix: str) -> None:
+def _check_ranks(config: LoraSVDCompactConfig, shapes: Mapping[str, list[int]], prefix: str) -> None:
     """Raise if a saved tensor contradicts ``ranks``; names that transformers changes on saving are left to it."""
     marked = {key.removesuffix(".weight") for key, shape in shapes.items() if key.endswith(".weight") and shape == [1]}
-    saved = {name: shapes[right][0] for name in marked if (right := f"{name}.right.weight") in shapes}
-    named = {spelling: rank for name, rank in ranks.items() for spelling in spellings(name, prefix)}
+    named = {spelling: rank for name, rank in config.ranks.items() for spelling in spellings(name, prefix)}
+    splits = {spelling: split for name, split in config.splits.items() for spelling in spellings(name, prefix)}
+    saved = {
+        name: shapes[left][1] // splits.get(name, (0, 1))[1]
+        for name in marked
+        if (left := f"{name}.left.weight") in shapes
+    }
     saved |= {name: min(shape) for name in named if len(shape := shapes.get(f"{name}.weight", [])) == 2}
     for name, rank in saved.items():
         if named.get(name, rank) != rank:
@@ -198,7 +192,9 @@ def _find(model: PreTrainedModel, name: str) -> tuple[str, nn.Module]:
     )
 
 
-def _replace(model: PreTrainedModel, name: str, dense: nn.Module, rank: int, factor_format: str) -> None:
+def _replace(
+    model: PreTrainedModel, name: str, dense: nn.Module, rank: int, factor_format: str, split: list[int] | None
+) -> None:
     if isinstance(dense, Conv1D):
         in_features, out_features = dense.nx, dense.nf
     elif isinstance(dense, nn.Linear):
@@ -210,7 +206,12 @@ def _replace(model: PreTrainedModel, name: str, dense: nn.Module, rank: int, fac
             f"{name}: named in this compact checkpoint's ranks, but it is {type(dense).__name__}, expected a linear "
             "layer. Load it with the class it was saved from"
         )
-    full_rank = min(in_features, out_features)
+    m1, n1 = split or (out_features, 1)
+    if out_features % m1 or in_features % n1:
+        raise LoraSVDError(
+            f"{name}: the compact checkpoint is split by {split}, expected divisors of {out_features} and {in_features}"
+        )
+    full_rank = min(m1 * n1, out_features // m1 * in_features // n1)
     if rank > full_rank:
         raise LoraSVDError(f"{name}: the compact checkpoint gives rank {rank}, expected at most {full_rank}")
     if rank == full_rank:
@@ -223,6 +224,7 @@ def _replace(model: PreTrainedModel, name: str, dense: nn.Module, rank: int, fac
             bias=dense.bias is not None,
             factor_format=factor_format,
             dtype=dense.weight.dtype,
+            split=None if split is None else (m1, n1),
         )
     model.set_submodule(name, new)
 
@@ -255,6 +257,8 @@ def describe_compact(model: nn.Module, config: LoraSVDCompactConfig, quantizatio
         module = model.get_submodule(name)
         if isinstance(module, LowRankLinear):
             config.ranks[name] = module.rank
+            if module.split is not None:
+                config.splits[name] = list(module.split)
     config.quantized = quantized_names(model)
     if config.quantized:
         config.bitsandbytes = quantization if isinstance(quantization, dict) else quantization.to_dict()

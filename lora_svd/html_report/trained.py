@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers import TrainerState
 from ..allocation import LayerShape
 from ..compact import parameter_report
 from ..compression import choose_ranks, compute_spectra, factorize
-from ..decompositions import Factors
+from ..decompositions import DECOMPOSITIONS, Factors
 from ..errors import LoraSVDError
 from ..evaluation import Perplexity
 from ..model import LoraSVDModel, compact_layer
@@ -26,7 +25,7 @@ from ..schedule import Schedule
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One targeted layer. rank: kept, ``min(out, in)`` = dense. spectrum: squared singular values of the weight in its
+    """One targeted layer. rank: kept, the full one = dense. spectrum: squared singular values of the weight in its
     metrics, descending, float64, (full rank,)."""
 
     shape: LayerShape
@@ -86,7 +85,7 @@ class TrainedRun:
             self._layers, self._inputs = {}, {}
         if self._config.trains_factors:
             self._inputs = {
-                name: dataclasses.replace(given, trained=self._layers[name].factors(self._adapter))
+                name: replace(given, trained=self._layers[name].factors(self._adapter))
                 for name, given in self._inputs.items()
             }
 
@@ -148,17 +147,21 @@ class TrainedRun:
     def modules(self, sizes: Sequence[Mapping[str, int]]) -> Iterator[dict[str, nn.Module]]:
         """The layers that ``set_param_ratio`` and ``merge_and_unload`` would have made, by name, size by size.
 
-        Each weight is factorized once, at its largest rank, of which the smaller ones are the leading parts.
+        Each weight is factorized once, at its largest rank, if the smaller ones are the leading parts of that.
 
         Args:
             sizes: kept rank by name, for each size.
         """
+        if len(sizes) > 1 and DECOMPOSITIONS[self._settings.decomposition].elementwise:
+            for ranks in sizes:
+                yield from self.modules([ranks])
+            return
         cut: dict[str, int] = {}
         for name, given in self._inputs.items():
             as_they_are = given.shape.full_rank if given.trained is None else given.trained.rank
             cut[name] = max((ranks[name] for ranks in sizes if ranks[name] != as_they_are), default=as_they_are)
         largest = {
-            name: None if factors is None else Factors(factors.left.float().cpu(), factors.right.float().cpu())
+            name: factors and replace(factors, left=factors.left.float().cpu(), right=factors.right.float().cpu())
             for name, factors in factorize(self._inputs, cut, self._settings)
         }
         for ranks in sizes:
@@ -172,7 +175,8 @@ class TrainedRun:
         elif largest is None or (given.trained is None and rank >= given.shape.full_rank):
             factors = None
         else:
-            factors = Factors(largest.left[:, :rank].to(bypass.left), largest.right[:rank].to(bypass.right))
+            left, right = largest.left[:, :rank].to(bypass.left), largest.right[:rank].to(bypass.right)
+            factors = replace(largest, left=left, right=right)
         return compact_layer(name, layer, given, factors, bypass, self._settings)
 
 

@@ -214,7 +214,7 @@ ROWS = {
     "ours + recovery, any size from one run": Row(partial(any_size, **BEST), trains=True),
 }
 EVERYTHING = "every statistic that the rows need"
-_needed = {name for preset in IMPORTANCES.values() for name in preset.statistics}
+_needed = {name for preset in IMPORTANCES.values() if not preset.elementwise for name in preset.statistics}
 # in the order of the registry, so that a statistic finds the ones it is built on
 IMPORTANCES[EVERYTHING] = Importance(tuple(name for name in STATISTICS if name in _needed), plain)
 

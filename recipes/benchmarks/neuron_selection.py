@@ -36,7 +36,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_svd.decompositions.svd import balance, weighted_svd
+from lora_svd.decompositions import balance
+from lora_svd.decompositions.svd import weighted_svd
 from lora_svd.linalg import Metrics
 
 MLP_FLOOR = 5 / 6  # of param_ratio

@@ -56,6 +56,8 @@ OBSERVED: dict[str, Kwargs] = {
     "gradient_activation": {"importance": "gradient_activation"},
     "kronecker": {"importance": "kronecker"},
     "none": {"importance": "none"},
+    "fisher_elementwise": {"importance": "fisher_elementwise", "decomposition": "elementwise"},
+    "Kronecker products": {"decomposition": "kronecker", "factor_format": "factors"},
 }
 
 

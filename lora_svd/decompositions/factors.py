@@ -1,0 +1,156 @@
+"""A pair of factors that stands for a weight: low rank, or a sum of Kronecker products; and its pivoted storage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the indices of a weight (out, in) are split in two: ``out = m1 m2``, ``in = n1 n2``.
+
+    The matrix that is factorized has the entries of the weight in another order (Van Loan's rearrangement),
+    ``M[(i1, j1), (i2, j2)] = W[(i1, i2), (j1, j2)]``, shape (m1 n1, m2 n2). ``M = sum_k a_k b_k^T`` is then
+    ``W = sum_k A_k (x) B_k`` with A_k (m1, n1) and B_k (m2, n2). :meth:`none` leaves the weight as it is.
+    """
+
+    m1: int
+    n1: int
+    m2: int
+    n2: int
+
+    @classmethod
+    def none(cls, out_features: int, in_features: int) -> Split:
+        """The factors multiply to the weight itself: low rank."""
+        return cls(out_features, 1, 1, in_features)
+
+    @property
+    def is_none(self) -> bool:
+        return self.n1 == self.m2 == 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the matrix that is factorized."""
+        return self.m1 * self.n1, self.m2 * self.n2
+
+    @property
+    def stored(self) -> tuple[int, int] | None:
+        """(m1, n1), which together with the weight's shape says all; None for none."""
+        return None if self.is_none else (self.m1, self.n1)
+
+    @property
+    def full_rank(self) -> int:
+        return min(self.shape)
+
+    def rearranged(self, weight: Tensor) -> Tensor:
+        """The matrix (m1 n1, m2 n2) of a weight (out, in)."""
+        return weight.reshape(self.m1, self.m2, self.n1, self.n2).transpose(1, 2).reshape(self.shape)
+
+    def restored(self, matrix: Tensor) -> Tensor:
+        """The weight (out, in) of a matrix (m1 n1, m2 n2)."""
+        blocks = matrix.reshape(self.m1, self.n1, self.m2, self.n2)
+        return blocks.transpose(1, 2).reshape(self.m1 * self.m2, self.n1 * self.n2)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A weight in factors, ``left @ right`` in the order of ``split`` (None: as it stands).
+
+    Attributes:
+        left: (out, k), or (m1 n1, k): a column is an A_k, row after row.
+        right: (k, in), or (k, m2 n2): a row is a B_k, row after row.
+        split: of the weight's indices.
+    """
+
+    left: Tensor
+    right: Tensor
+    split: Split | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.right.shape[0]
+
+    def stacked(self, other: Factors) -> Factors:
+        """The sum of both products, as factors of the summed rank; both in the order of this one's split."""
+        left, right = torch.cat([self.left, other.left], dim=1), torch.cat([self.right, other.right], dim=0)
+        return replace(self, left=left, right=right)
+
+    def product(self) -> Tensor:
+        """The dense weight (out, in)."""
+        matrix = self.left @ self.right
+        return matrix if self.split is None else self.split.restored(matrix)
+
+
+def dense_sum(factors: Factors, other: Factors) -> Tensor:
+    """The dense sum of both products, float64, on the CPU."""
+    return factors.product().cpu().double() + other.product().cpu().double()
+
+
+@dataclass(frozen=True)
+class PivotedFactors:
+    """A rank-k weight in ``k (out + in) - k^2`` numbers: k of its own rows, and the other rows as their combinations.
+
+    ``W[order] = [rows; coefficients @ rows]``.
+
+    Attributes:
+        rows: (k, in), the pivot rows of W.
+        coefficients: (out - k, k).
+        order: (out,) int64, row indices of W: pivots first.
+    """
+
+    rows: Tensor
+    coefficients: Tensor
+    order: Tensor
+
+
+def balance(factors: Factors) -> Factors:
+    """The same product with equal norms of ``left[:, i]`` and ``right[i]``, so that neither factor loses precision."""
+    left_norm, right_norm = factors.left.norm(dim=0), factors.right.norm(dim=1)
+    scale = (right_norm / left_norm.clamp_min(1e-300)).sqrt()
+    scale = torch.where((scale > 0) & torch.isfinite(scale), scale, torch.ones_like(scale))
+    return replace(factors, left=factors.left * scale, right=factors.right / scale[:, None])
+
+
+def pivot(factors: Factors, *, growth: float = 2.0) -> PivotedFactors:
+    """Rank-k factors as k pivot rows and coefficients (PIFA, ICML 2025), in float64.
+
+    Pivots come from LU with partial pivoting of an orthonormal basis of ``left``; then rows are exchanged while a
+    coefficient exceeds ``growth`` in magnitude, each exchange multiplying the volume of the pivot block by at least
+    that much (strong rank-revealing factorization), so that rounding of the stored numbers is never amplified.
+    """
+    out_features, rank = factors.left.shape
+    basis, upper = torch.linalg.qr(factors.left.double())
+    permutation = torch.linalg.lu_factor(basis)[1]
+    order = torch.arange(out_features)
+    for i, j in enumerate((permutation - 1).tolist()):
+        order[[i, j]] = order[[j, i]]
+    coefficients = _coefficients(basis, order, rank)
+    for _ in range(4 * rank):
+        if not coefficients.numel() or float(coefficients.abs().max()) <= growth:
+            break
+        row, column = divmod(int(coefficients.abs().argmax()), rank)
+        order[[rank + row, column]] = order[[column, rank + row]]
+        coefficients = _exchange(coefficients, row, column)
+    coefficients = _coefficients(basis, order, rank)  # exchanging a large one leaves its rounding in the others
+    rows = basis[order[:rank]] @ (upper @ factors.right.double())
+    return PivotedFactors(rows=rows, coefficients=coefficients, order=order)
+
+
+def _coefficients(basis: Tensor, order: Tensor, rank: int) -> Tensor:
+    """``basis[rest] @ basis[pivots]^-1``: (out - k, k)."""
+    return torch.linalg.solve(basis[order[:rank]], basis[order[rank:]], left=False)
+
+
+def _exchange(coefficients: Tensor, row: int, column: int) -> Tensor:
+    """The coefficients after rest row ``row`` and pivot ``column`` have changed places: a rank-one update."""
+    entry = coefficients[row, column]
+    new_row = -coefficients[row] / entry
+    new_row[column] = 1 / entry
+    new_column = coefficients[:, column] / entry
+    updated = coefficients + torch.outer(coefficients[:, column], new_row)
+    updated[:, column] = new_column
+    updated[row] = new_row
+    return updated
