@@ -255,14 +255,17 @@ class LoraSVDLinear(ObservedLayer):
             return self.base_layer(x, *args, **kwargs)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
-        dtype = x.dtype
+        mark = self._shared.recognize(x) if self._observed else None
+        if autocast := torch.is_autocast_enabled(x.device.type):  # one copy for the weight, the bypass and the observer
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         adapters = [name for name in self.active_adapters if name in self.lora_svd_A]
         result = self._weight_output(x, adapters, *args, **kwargs)
+        dtype = result.dtype
         for adapter_name in adapters:
             A, B = self.lora_svd_A[adapter_name], self.lora_svd_B[adapter_name]
-            hidden = self.lora_svd_dropout[adapter_name](self._cast_input_dtype(x, A.dtype))
+            hidden = self.lora_svd_dropout[adapter_name](x if autocast else self._cast_input_dtype(x, A.dtype))
             result = result + F.linear(F.linear(hidden, A), B) * self.scaling[adapter_name]
-        return self._observed_output(x, result.to(dtype), adapters)
+        return self._observed_output(x, result.to(dtype), adapters, mark)
 
     def _weight_output(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """``W x + b`` with W replaced by the factors of the compressed adapters."""

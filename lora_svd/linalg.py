@@ -67,8 +67,7 @@ def shrink(metric: Tensor | None, amount: float, correlation: float = 0.0) -> Te
     if metric is None:
         return None
     metric = metric.to(torch.float64)
-    num_bad = int((~torch.isfinite(metric)).sum())
-    if num_bad:
+    if not bool(metric.sum().isfinite()) and (num_bad := int((~torch.isfinite(metric)).sum())):
         raise NumericalError(f"metric has {num_bad} of {metric.numel()} non-finite values, expected none")
     diagonal = metric if metric.dim() == 1 else metric.diagonal()
     mean = float(diagonal.mean())
@@ -103,6 +102,13 @@ def metric_root(metric: Tensor | None) -> Tensor | None:
             f"{-INDEFINITE_TOLERANCE:g} of the largest. Accumulate statistics in float32 or raise the shrinkage"
         )
     return vectors * values.clamp_min(1e-12 * largest).sqrt()
+
+
+def root_times(root: Tensor | None, matrix: Tensor) -> Tensor:
+    """``R M`` for a root from :func:`metric_root`."""
+    if root is None:
+        return matrix
+    return root[:, None] * matrix if root.dim() == 1 else root @ matrix
 
 
 def root_transpose_times(root: Tensor | None, matrix: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, MutableMapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -148,19 +149,19 @@ class ObservedLayer(nn.Module, BaseTunerLayer):
         """Whether the saved sums are those over all processes."""
         return not any(adapter_name in parts for parts in self._parts.values())
 
-    def _observed_output(self, x: Tensor, y: Tensor, adapters: Iterable[str]) -> Tensor:
-        """y, whose gradient will be observed if a statistic of the adapters looks at tokens."""
+    def _observed_output(self, x: Tensor, y: Tensor, adapters: Iterable[str], mark: object) -> Tensor:
+        """y, whose gradient will be observed if a statistic of the adapters looks at tokens. mark: of the input."""
         watched = {name for adapter in adapters for name in self._observed.get(adapter, ())}
         if y.requires_grad and any(STATISTICS[name].per != "step" for name in watched):
-            return Observe.apply(x, y, self._observe_tokens)
+            return Observe.apply(x, y, partial(self._observe_tokens, mark))
         return y
 
-    def _observe_tokens(self, x: Tensor, g: Tensor) -> None:
+    def _observe_tokens(self, mark: object, x: Tensor, g: Tensor) -> None:
         if distributed.world_size() > 1:  # the loss is the mean over processes
             g = g.float() / distributed.world_size()
         of_samples = any(STATISTICS[name].per == "sample" for names in self._observed.values() for name in names)
         share = 1.0 if of_samples else max(self._token_shares[name] for name in self._observed)
-        seen, counts = observe_tokens(x, g, self._shared, share)
+        seen, counts = observe_tokens(x, g, self._shared, share, mark)
         for adapter_name, names in self._observed.items():
             if adapter_name not in self.active_adapters:
                 continue

@@ -66,19 +66,22 @@ class SharedGram:
     """The Gram matrix of the input last seen, kept until another input comes."""
 
     def __init__(self) -> None:
-        self._last: tuple[Tensor, int] | None = None
-        self._mask: Tensor | None = None
-        self._gram: Tensor | None = None
-        self._start = 0
+        self.clear()
 
-    def start(self, source: Tensor, stride: int) -> int:
-        """Name the tensor that the next calls are about; the first of every ``stride`` tokens of it that are observed.
+    def recognize(self, x: Tensor) -> object:
+        """A mark of this input: the same for all layers that are called with it, one after the other.
 
-        The tensor is held, so that its memory cannot be reused for another input meanwhile, and its version is noted,
+        The input is held, so that its memory cannot be reused for another one meanwhile, and its version is noted,
         because it may be filled anew in place.
         """
-        if self._last is None or not _same_tensor(*self._last, source):
-            self._last, self._mask = (source, source._version), None
+        if self._input is None or not _same_tensor(*self._input, x):
+            self._input, self._mark = (x.detach(), x._version), object()
+        return self._mark
+
+    def start(self, mark: object, stride: int) -> int:
+        """Say which input the next calls are about; the first of every ``stride`` tokens of it that are observed."""
+        if mark is not self._observed:
+            self._observed, self._mask = mark, None
             self._start = int(torch.randint(stride, ())) if stride > 1 else 0
         return self._start
 
@@ -95,7 +98,12 @@ class SharedGram:
 
     def clear(self) -> None:
         """Forget the input: the optimizer step is over."""
-        self._last = self._mask = self._gram = None
+        self._input: tuple[Tensor, int] | None = None
+        self._mark: object = None
+        self._observed: object = None
+        self._mask: Tensor | None = None
+        self._gram: Tensor | None = None
+        self._start = 0
 
 
 def _same_tensor(a: Tensor, version: int, b: Tensor) -> bool:
@@ -262,17 +270,17 @@ _FEWEST_TOKENS = 512
 
 
 def observe_tokens(
-    x: Tensor, g: Tensor, shared: SharedGram, share: float = 1.0
+    x: Tensor, g: Tensor, shared: SharedGram, share: float = 1.0, mark: object = None
 ) -> tuple[TokenObservation, dict[str, Tensor]]:
     """Shape one backward pass for the statistics and count it. x: (..., in), g: (..., out).
 
     The first dimension counts samples, the last features, all between tokens; a matrix (samples, features) has one
     token a sample. With a ``share`` below 1 every k-th token is observed, k = 1 / share, from a random one on and as
-    one sample; at least 512 of them.
+    one sample; at least 512 of them. mark: of the input, :meth:`SharedGram.recognize`, if x is a copy of it.
     """
-    source, num_tokens = x, x[..., 0].numel()
+    num_tokens = x[..., 0].numel()
     stride = max(1, round(min(1 / share, num_tokens // _FEWEST_TOKENS)))
-    start = shared.start(source, stride)
+    start = shared.start(mark or shared.recognize(x), stride)
     if stride > 1:
         x, g = (tensor.reshape(1, num_tokens, -1)[:, start::stride] for tensor in (x, g))
     else:

@@ -172,9 +172,10 @@ def single_layer(importance):
 @pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
 @pytest.mark.parametrize("importance", ["kronecker", "fisher"])
 def test_sums_stay_float32_under_autocast(importance, inside):
-    """The gradient of a linear loss is known exactly, so that any product in bfloat16 is seen."""
+    """The gradient of a linear loss is known exactly, so that any product in bfloat16 is seen. Inputs and gradients are
+    those of the layer's own product, in bfloat16."""
     model, layer = single_layer(importance)
-    x, g = torch.randn(4, 30, 5), torch.randn(4, 30, 3)
+    x, g = (torch.randn(4, 30, width).bfloat16().float() for width in (5, 3))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = (model(x) * g).sum()
         if inside:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linalg import Metrics, metric_root, metric_times, root_transpose_solve, root_transpose_times, shrink
+from ..linalg import Metrics, metric_root, metric_times, root_times, root_transpose_solve, root_transpose_times, shrink
 from .factors import Factors
 
 
-def _scaled(weight: Tensor, metrics: Metrics) -> tuple[Tensor, Tensor | None, Tensor]:
-    """``M = R^T W``, the root R of the row metric and ``M column M^T``, for a weight with out <= in."""
+def _scaled_gram(weight: Tensor, metrics: Metrics) -> tuple[Tensor, Tensor | None]:
+    """``R^T W column W^T R`` and the root R of the row metric, for a float64 weight with out <= in."""
     root = metric_root(metrics.row)
-    scaled = root_transpose_times(root, weight.double())
-    return scaled, root, scaled @ metric_times(metrics.column, scaled.T)
+    outputs = weight @ metric_times(metrics.column, weight.T)
+    return root_transpose_times(root, root_transpose_times(root, outputs).T), root
 
 
 def weighted_spectrum(weight: Tensor, metrics: Metrics) -> Tensor:
@@ -26,7 +26,7 @@ def weighted_spectrum(weight: Tensor, metrics: Metrics) -> Tensor:
     """
     if weight.shape[0] > weight.shape[1]:
         return weighted_spectrum(weight.T, metrics.transposed)
-    _, _, gram = _scaled(weight, metrics)
+    gram, _ = _scaled_gram(weight.double(), metrics)
     return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
 
 
@@ -41,10 +41,11 @@ def weighted_svd(weight: Tensor, metrics: Metrics, rank: int) -> Factors:
     if weight.shape[0] > weight.shape[1]:
         factors = weighted_svd(weight.T, metrics.transposed, rank)
         return Factors(left=factors.right.T, right=factors.left.T)
-    scaled, root, gram = _scaled(weight, metrics)
+    weight = weight.double()
+    gram, root = _scaled_gram(weight, metrics)
     _, vectors = torch.linalg.eigh(gram)
     leading = vectors[:, -rank:].flip(1)
-    return Factors(left=root_transpose_solve(root, leading), right=leading.T @ scaled)
+    return Factors(left=root_transpose_solve(root, leading), right=root_times(root, leading).T @ weight)
 
 
 def truncate(factors: Factors, metrics: Metrics, rank: int) -> Factors:
