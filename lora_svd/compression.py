@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -21,7 +20,7 @@ from .allocation import LayerShape, allocate_ranks
 from .decompositions import DECOMPOSITIONS, Factors
 from .errors import LoraSVDError, NumericalError, in_module
 from .importance import IMPORTANCES
-from .linalg import Metrics, shrink
+from .linalg import Metrics, non_finite, shrink
 from .statistics import STATISTICS, LayerStatistics
 
 
@@ -78,10 +77,9 @@ def layer_metrics(name: str, layer: LayerInput, settings: CompressionSettings) -
                 "compressing, leave a layer that has no part in the loss out with exclude_modules, or use "
                 "importance='none'"
             )
-        num_bad = int((~torch.isfinite(seen.sums[statistic])).sum())
-        if num_bad:
+        if bad := non_finite(seen.sums[statistic]):
             raise NumericalError(
-                f"{name}: {statistic} has {num_bad} of {seen.sums[statistic].numel()} non-finite values; a batch gave "
+                f"{name}: {statistic} has {bad}; a batch gave "
                 "a non-finite loss or gradient. Lower the learning rate, or train in float32 or bfloat16"
             )
     metrics = importance.metrics(seen)

@@ -39,18 +39,29 @@ class Metrics:
 
 
 def gram(rows: Tensor) -> Tensor:
-    """``sum over rows of x x^T``, (n, n), of rows (tokens, n), in their dtype.
+    """``sum over rows of x x^T``, (n, n), of rows (tokens, n), in their dtype."""
+    return symmetric_product(rows, rows)
+
+
+def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left^T right``, (n, n), of matrices (..., n) whose product is known to be symmetric.
 
     By blocks of its upper triangle, which takes a quarter to a third off the time of the whole product.
     """
-    size = rows.shape[1]
+    size = left.shape[1]
     step = max(128, size // 8)
-    total = rows.new_empty(size, size)
+    total = left.new_empty(size, size)
     for start in range(0, size, step):
         end = min(start + step, size)
-        total[start:end, start:] = rows[:, start:end].T @ rows[:, start:]
+        total[start:end, start:] = left[:, start:end].T @ right[:, start:]
         total[end:, start:end] = total[start:end, end:].T
     return total
+
+
+def non_finite(values: Tensor) -> str | None:
+    """None if all values are; else how many are not. One pass: a sum of finite values is finite, or overflows."""
+    num_bad = 0 if bool(values.sum().isfinite()) else int((~torch.isfinite(values)).sum())
+    return f"{num_bad} of {values.numel()} non-finite values" if num_bad else None
 
 
 def shrink(metric: Tensor | None, amount: float, correlation: float = 0.0) -> Tensor | None:
@@ -67,8 +78,8 @@ def shrink(metric: Tensor | None, amount: float, correlation: float = 0.0) -> Te
     if metric is None:
         return None
     metric = metric.to(torch.float64)
-    if not bool(metric.sum().isfinite()) and (num_bad := int((~torch.isfinite(metric)).sum())):
-        raise NumericalError(f"metric has {num_bad} of {metric.numel()} non-finite values, expected none")
+    if bad := non_finite(metric):
+        raise NumericalError(f"metric has {bad}, expected none")
     diagonal = metric if metric.dim() == 1 else metric.diagonal()
     mean = float(diagonal.mean())
     if mean <= 0:

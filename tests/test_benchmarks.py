@@ -17,8 +17,17 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_every_benchmark_is_run_here() -> None:
-    parts = {"accuracy.py", "common.py", "figure.py", "lora_prune.py", "neuron_selection.py"}
+    parts = {
+        "accuracy.py",
+        "common.py",
+        "cost_inference.py",
+        "cost_training.py",
+        "figure.py",
+        "lora_prune.py",
+        "neuron_selection.py",
+    }
     assert {path.name for path in (ROOT / "recipes/benchmarks").glob("*.py")} - parts == {
+        "cost.py",
         "four_bit.py",
         "kill_and_resume.py",  # in test_torn_checkpoints.py
         "language_model.py",
@@ -65,6 +74,21 @@ def test_four_bit_benchmark(tmp_path: Path) -> None:
     assert all(1 < row["words"] < 1000 for row in rows if row not in memory)
     assert size["dense, HQQ 2 bits", 1.0] < size["dense, HQQ 4 bits", 1.0] < size["dense, bfloat16", 1.0]
     assert size["compact, NF4", 0.6] < 0.8 * size["dense, NF4", 1.0] < size["compact, bfloat16", 0.6]
+
+
+@pytest.mark.timeout(600)
+def test_cost_benchmark(tmp_path: Path) -> None:
+    """A row of every kind."""
+    save_tiny_lm(tmp_path / "model")
+    words = ["--model", "model", "--results", "cost.jsonl", "--window", "32", "--steps", "4", "--repetitions", "1"]
+    rows = ["step, recovering", "factorization, kronecker", "inference, pivoted", "run"]
+    run(tmp_path, "cost.py", *words, "--blocks", "1", "--rows", *rows)
+    step, factorization, inference, whole = map(json.loads, (tmp_path / "cost.jsonl").read_text().splitlines())
+    assert factorization["layers"] == 7
+    compared = [step, factorization, whole, *(inference["0.4"][f"{name}, batch 1"] for name in ("prefill", "decode"))]
+    assert all(row["wall_ratio"] > 0 and row["cpu_ratio"] > 0 for row in compared)
+    assert step["memory_ratio"] > 0.5 < whole["mebibytes_ratio"]
+    assert inference["0.2"]["bytes_ratio"] < inference["0.8"]["bytes_ratio"] < 1
 
 
 def test_results_are_found_by_what_names_them(tmp_path: Path) -> None:

@@ -5,14 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linalg import Metrics, metric_root, metric_times, root_times, root_transpose_solve, root_transpose_times, shrink
+from ..linalg import (
+    Metrics,
+    metric_root,
+    metric_times,
+    root_times,
+    root_transpose_solve,
+    root_transpose_times,
+    shrink,
+    symmetric_product,
+)
 from .factors import Factors
 
 
 def _scaled_gram(weight: Tensor, metrics: Metrics) -> tuple[Tensor, Tensor | None]:
     """``R^T W column W^T R`` and the root R of the row metric, for a float64 weight with out <= in."""
     root = metric_root(metrics.row)
-    outputs = weight @ metric_times(metrics.column, weight.T)
+    outputs = symmetric_product(weight.T, metric_times(metrics.column, weight.T))
     return root_transpose_times(root, root_transpose_times(root, outputs).T), root
 
 

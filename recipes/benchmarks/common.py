@@ -1,10 +1,13 @@
-"""What the benchmarks share: texts, a Trainer run, results that survive a kill, and the memory a step of work took."""
+"""What the benchmarks share: texts, a Trainer run, results that survive a kill,
+and the memory and time that work takes."""
 
 from __future__ import annotations
 
 import json
+import statistics
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +33,20 @@ class TextArguments:
     window: int = field(default=1024, metadata={"help": "Tokens in a window, in training and evaluation."})
     eval_tokens: int = field(default=40960, metadata={"help": "Tokens of each test text that are evaluated."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Of rows that train; cosine decay."})
+
+
+@dataclass
+class CostArguments:
+    """What to measure of cost."""
+
+    model: str = field(metadata={"help": "Causal language model: a local folder or a name on the Hub."})
+    results: str = field(metadata={"help": "File of JSON lines to append to; rows that it has are not repeated."})
+    rows: list[str] = field(default_factory=list, metadata={"help": "Names of rows; none: all of them."})
+    batch: int = field(default=2, metadata={"help": "Windows in a step."})
+    window: int = field(default=1024, metadata={"help": "Tokens in a window."})
+    steps: int = field(default=60, metadata={"help": "Optimizer steps of a whole run."})
+    repetitions: int = field(default=7, metadata={"help": "Of each of the two things that are compared."})
+    blocks: int = field(default=3, metadata={"help": "Decoder blocks, of seven layers each, that are factorized."})
 
 
 class Texts:
@@ -151,3 +168,27 @@ class PeakMemory:
             done.set()
             thread.join()
             self.mebibytes = max(samples) >> 20
+
+
+def paired(ours: Callable[[], Any], theirs: Callable[[], Any], repetitions: int) -> dict[str, float]:
+    """Median seconds of both, and the medians of the ratios ours / theirs of every pair in wall and CPU time."""
+    wall: list[tuple[float, float]] = []
+    cpu: list[tuple[float, float]] = []
+    for index in range(repetitions + 1):
+        walls, cpus = zip(*map(timed, (ours, theirs)), strict=True)
+        if index:  # the first pair warms up
+            wall.append(walls)
+            cpu.append(cpus)
+    return {
+        "ours_seconds": round(statistics.median(mine for mine, _ in wall), 5),
+        "theirs_seconds": round(statistics.median(other for _, other in wall), 5),
+        "wall_ratio": round(statistics.median(mine / other for mine, other in wall), 4),
+        "cpu_ratio": round(statistics.median(mine / other for mine, other in cpu), 4),
+    }
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, float]:
+    """Wall and CPU seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - cpu

@@ -29,8 +29,9 @@ ROWS: dict[str, Callable[[CostArguments], dict[str, Any]]] = {
     "step, recovering, 0.4": partial(training_step, config={"param_ratio": 0.4}, observing=False),
     "step, recovering, distilled": partial(training_step, config={**SIZE, "distillation": 0.5}, observing=False),
     "factorization, kronecker": partial(factorization, config=TWO_SIDED),
-    "inference, pivoted": partial(inference, factor_format="pivoted"),
-    "inference, factors": partial(inference, factor_format="factors"),
+    "inference, pivoted": partial(inference, factor_format="pivoted", dtype="float32"),
+    "inference, pivoted, bfloat16": partial(inference, factor_format="pivoted", dtype="bfloat16"),
+    "inference, factors": partial(inference, factor_format="factors", dtype="float32"),
     "run": partial(whole_run, config=SIZE),
     "run, distilled": partial(whole_run, config={**SIZE, "distillation": 0.5}),
 }
