@@ -177,6 +177,11 @@ def test_other_arguments_do_not_go_on(tmp_path: Path, monkeypatch: pytest.Monkey
     ("name", "choices", "says"),
     [
         ("llama", {}, "importance: got 'lora_activation', which looks at the gradients of a LoRA .* expected one of"),
+        (
+            "llama",
+            {"importance": "none", "decomposition": "kronecker", "factor_format": "factors"},
+            "decomposition: got 'kronecker', expected a low-rank one",
+        ),
         ("llama", {"importance": "none", "param_ratio": 1.0}, "param_ratio: got 1, expected a smaller share"),
         ("llama", {"importance": "none", "target_modules": ["query"]}, "target_modules: .*query.* is no linear layer"),
         ("t5", {"importance": "none"}, "holds a T5ForConditionalGeneration, expected a causal language model"),

@@ -18,6 +18,7 @@ from ..allocation import LayerShape, check_budget, given_ranks
 from ..compact import LoraSVDCompactConfig, ParameterReport
 from ..compression import CompressionSettings, LayerInput, choose_ranks, compute_spectra, factorize
 from ..config import LoraSVDConfig
+from ..decompositions import DECOMPOSITIONS
 from ..errors import LoraSVDError
 from ..importance import IMPORTANCES
 from ..statistics import STATISTICS
@@ -114,6 +115,11 @@ def _statistics(config: LoraSVDConfig) -> tuple[str, ...]:
         raise LoraSVDError(
             f"importance: got {config.importance!r}, which looks at the gradients of a LoRA that is trained, and "
             f"streaming trains none; expected one of {possible}"
+        )
+    if not DECOMPOSITIONS[config.decomposition].is_low_rank:
+        raise LoraSVDError(
+            f"decomposition: got {config.decomposition!r}, expected a low-rank one: streaming writes no other; "
+            "compress in memory with get_peft_model"
         )
     if config.param_ratio == 1:
         raise LoraSVDError("param_ratio: got 1, expected a smaller share; there is nothing to compress")
