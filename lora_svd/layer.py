@@ -255,7 +255,7 @@ class LoraSVDLinear(ObservedLayer):
             return self.base_layer(x, *args, **kwargs)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
-        mark = self._shared.recognize(x) if self._observed else None
+        mark = self._shared.recognize(x) if self._observed and torch.is_grad_enabled() else None
         if autocast := torch.is_autocast_enabled(x.device.type):  # one copy for the weight, the bypass and the observer
             x = x.to(torch.get_autocast_dtype(x.device.type))
         adapters = [name for name in self.active_adapters if name in self.lora_svd_A]

@@ -100,7 +100,7 @@ def test_step_statistics_equal_the_formula_on_the_gradients_of_a_run(name, autoc
     for number in range(4):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             for _ in range(2):
-                inputs.append(torch.randn(8, 9))
+                inputs.append(torch.randn(8, 9).bfloat16().float())  # as the layer takes them under autocast
                 (model(inputs[-1]) - torch.randn(8, 6)).square().mean().backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             parameters = (layer.lora_svd_A["default"], layer.lora_svd_B["default"])
