@@ -79,8 +79,8 @@ def layer_metrics(name: str, layer: LayerInput, settings: CompressionSettings) -
             )
         if bad := non_finite(seen.sums[statistic]):
             raise NumericalError(
-                f"{name}: {statistic} has {bad}; a batch gave "
-                "a non-finite loss or gradient. Lower the learning rate, or train in float32 or bfloat16"
+                f"{name}: {statistic} has {bad}; a batch gave a non-finite loss or gradient. Lower the learning rate, "
+                "or train in float32 or bfloat16"
             )
     metrics = importance.metrics(seen)
     sides = (("row", metrics.row, "gradients"), ("column", metrics.column, "inputs"))

@@ -93,7 +93,7 @@ class InjectedModel(BaseTuner):
             target.update_layer(adapter_name, peft_config, key=current_key, r=r, lora_alpha=alpha)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not (_is_plain_linear(base) or _is_quantized_linear(base)):
+        if not (is_plain_linear(base) or _is_quantized_linear(base)):
             names = {name: type(module) is type(base) for name, module in self.model.named_modules()}
             raise TypeError(
                 f"target_modules: {current_key} is {type(base).__name__}, which is not supported; expected "
@@ -212,7 +212,7 @@ def _check_saved(name: str, layer: LoraSVDLinear, adapter_name: str, saved: Mapp
             )
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module) -> bool:
     """Not a subclass that computes something else, such as a router, which factors could not take the place of."""
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in (nn.Linear, Conv1D))
 

@@ -16,6 +16,13 @@ def save_whole(tensors: Mapping[str, Tensor], path: Path) -> None:
     partial.replace(path)
 
 
+def write_whole(text: str, path: Path) -> None:
+    """A text file that is whole or not there."""
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 class Cache:
     """A tensor for each sample at each block, in ``FOLDER/KIND-BLOCK-SAMPLE.safetensors``."""
 

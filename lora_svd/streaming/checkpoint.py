@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import LoraSVDConfig
 from ..errors import LoraSVDError
+from ..injection import is_plain_linear
 from ..weights import Tensors, skeleton
 
 
@@ -86,10 +87,8 @@ class Checkpoint:
         targets = LoraSVDConfig(target_modules=".*", exclude_modules=config.exclude_modules) if everything else config
         found = {}
         for name, module in self.model.named_modules():
-            plain = any(
-                isinstance(module, kind) and type(module).forward is kind.forward for kind in (nn.Linear, Conv1D)
-            )
-            if plain and name.startswith(f"{self.prefix}.") and check_target_module_exists(targets, name):
+            inside = is_plain_linear(module) and self.block_of(name) is not None
+            if inside and check_target_module_exists(targets, name):
                 weight: Any = module.weight
                 found[name] = tuple(weight.shape[::-1] if isinstance(module, Conv1D) else weight.shape)
         if not found:

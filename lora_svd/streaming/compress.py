@@ -23,6 +23,7 @@ from ..errors import LoraSVDError
 from ..importance import IMPORTANCES
 from ..statistics import STATISTICS
 from ..statistics_limit import choose_sketches, describe_sketches
+from .cache import write_whole
 from .checkpoint import Checkpoint
 from .observe import Observation
 from .writing import describe, write_shards
@@ -136,7 +137,7 @@ def _begin(work: Path, source: Path, ids: Tensor, config: LoraSVDConfig) -> Path
     if job.exists() and json.loads(job.read_text(encoding="utf-8")) != this:
         raise LoraSVDError(f"output: {work} is of a run with other arguments that did not end; repeat it, or delete it")
     compact.mkdir(parents=True, exist_ok=True)
-    job.write_text(json.dumps(this), encoding="utf-8")
+    write_whole(json.dumps(this), job)
     return compact
 
 
@@ -170,7 +171,5 @@ def _ranks(
     file = work / "ranks.json"
     if not file.exists():
         chosen = choose_ranks(inputs, compute_spectra(inputs, settings), config.param_ratio, settings)
-        partial_file = file.with_suffix(".part")
-        partial_file.write_text(json.dumps(chosen), encoding="utf-8")
-        partial_file.replace(file)
+        write_whole(json.dumps(chosen), file)
     return json.loads(file.read_text(encoding="utf-8"))

@@ -142,7 +142,7 @@ class _Sums:
         self._modules = {
             name: checkpoint.model.get_submodule(name)
             for name in observation.layers
-            if name.startswith(f"{checkpoint.prefix}.{index}.")
+            if checkpoint.block_of(name) == index
         }
         self._sums: dict[str, Tensor] = {}
 
