@@ -195,14 +195,16 @@ def _check_saved(name: str, layer: LoraSVDLinear, adapter_name: str, saved: Mapp
     out_features, in_features = layer.out_features, layer.in_features
     rows, columns = layer.split[adapter_name].shape
     rank = min(saved[PREFIX + "right"].shape[:1], default=0) if "left" in needed else 0
-    expected = {
+    expected: dict[str, tuple[int, ...]] = {
         "A": (layer.r[adapter_name], in_features),
         "B": (out_features, layer.r[adapter_name]),
         "left": (rows, rank),
         "right": (rank, columns),
         "counts": (len(COUNTS),),
-        **{statistic: layer.statistic_shape(adapter_name, statistic) for statistic in STATISTICS},
     }
+    for statistic in STATISTICS:
+        is_packed = PREFIX + statistic in saved and saved[PREFIX + statistic].dim() == 1
+        expected[statistic] = layer.statistic_shape(adapter_name, statistic, packed=is_packed)
     for part, shape in expected.items():
         found = saved.get(PREFIX + part)
         if found is not None and tuple(found.shape) != shape:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, MutableMapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -24,7 +24,9 @@ from .statistics import (
     SharedGram,
     StepObservation,
     input_sketch,
+    is_gram,
     observe_tokens,
+    pack,
     stored_shape,
     token_summand,
 )
@@ -63,6 +65,7 @@ class ObservedLayer(nn.Module, BaseTunerLayer):
         self._sketches: dict[str, Mapping[str, int]] = {}  # r by statistic, by adapter
         self._statistics_device: dict[str, str | None] = {}
         self._shared = shared
+        self.register_state_dict_post_hook(_apart)
 
     def _state(self, name: str) -> MutableMapping[str, Tensor]:
         """The saved tensors of that name, by adapter."""
@@ -84,10 +87,11 @@ class ObservedLayer(nn.Module, BaseTunerLayer):
         """Whether a Gram matrix is kept as a sketch."""
         return bool(self._sketches.get(adapter_name))
 
-    def statistic_shape(self, adapter_name: str, name: str) -> tuple[int, ...]:
-        """Of the sum that is kept for this adapter."""
+    def statistic_shape(self, adapter_name: str, name: str, *, packed: bool = False) -> tuple[int, ...]:
+        """Of the sum that is kept for this adapter; of the upper triangle if a whole Gram matrix is packed."""
         rank = self._sketches.get(adapter_name, {}).get(name)
-        return stored_shape(name, self.out_features, self.in_features, rank)
+        shape = stored_shape(name, self.out_features, self.in_features, rank)
+        return (shape[0] * (shape[0] + 1) // 2,) if packed and rank is None and STATISTICS[name].rows else shape
 
     def statistics(self, adapter_name: str) -> LayerStatistics:
         """What was observed for this adapter, on the CPU."""
@@ -141,7 +145,7 @@ class ObservedLayer(nn.Module, BaseTunerLayer):
         for name in (*self._observed[adapter_name], "counts"):
             total = self._sums(name, adapter_name).pop(adapter_name, None)
             total = self._zeros(adapter_name, name) if total is None else total
-            on_device = total.to(self.lora_svd_A[adapter_name].device)
+            on_device = total.to(self.lora_svd_A[adapter_name].device, copy=True)  # other layers may share it
             distributed.add_up([on_device])
             self._state(name)[adapter_name] = on_device.to(total.device)
 
@@ -174,9 +178,8 @@ class ObservedLayer(nn.Module, BaseTunerLayer):
 
     def _accumulate(self, adapter_name: str, name: str, value: Tensor) -> None:
         sums = self._sums(name, adapter_name)
-        total = sums[adapter_name] if adapter_name in sums else self._zeros(adapter_name, name)
-        total = total.to(self._device_of(adapter_name, name))  # the model may have been moved
-        sums[adapter_name] = total.add_(value.to(total.device))
+        total = sums[adapter_name] if adapter_name in sums else None  # noqa: SIM401 - a BufferDict has no get
+        sums[adapter_name] = self._shared.add(total, value, self._device_of(adapter_name, name))
 
     def _count(self, adapter_name: str, unit: str, count: Tensor | int) -> None:
         counts = self._sums("counts", adapter_name)
@@ -206,6 +209,24 @@ class ObservedLayer(nn.Module, BaseTunerLayer):
         """Where a sum is kept; counts stay with the layer."""
         chosen = None if name == "counts" else self._statistics_device[adapter_name]
         return self.lora_svd_A[adapter_name].device if chosen is None else torch.device(chosen)
+
+
+def pack_statistics(layers: Iterable[ObservedLayer], adapter_name: str) -> None:
+    """Keep half of each Gram matrix from now on, since nothing is added any more; equal ones still once."""
+    packed: dict[int, tuple[Tensor, Tensor]] = {}  # by id, which the first of the two keeps valid
+    for layer in layers:
+        for name in STATISTICS:
+            sums = layer._state(name)
+            if adapter_name in sums and is_gram(name, total := sums[adapter_name]):
+                if id(total) not in packed:
+                    packed[id(total)] = (total, pack(total))
+                sums[adapter_name] = packed[id(total)][1]
+
+
+def _apart(_layer: nn.Module, state: MutableMapping[str, Any], prefix: str, _metadata: Any) -> None:
+    """Copy the sums that layers with one input have in common: what saves tensors may leave out such doubles."""
+    common = f"{prefix}{PREFIX}input_gram."
+    state.update({key: value.clone() for key, value in state.items() if key.startswith(common)})
 
 
 def keep_to_limit(layers: Mapping[str, ObservedLayer], adapter_name: str, config: LoraSVDConfig) -> None:

@@ -25,6 +25,7 @@ from .errors import LoraSVDError, NumericalError, in_module
 from .importance import IMPORTANCES
 from .injection import InjectedModel, check_called
 from .layer import LoraSVDLinear
+from .observation import pack_statistics
 from .schedule import Schedule, build_schedule
 
 
@@ -227,6 +228,7 @@ class PhasedModel(InjectedModel):
         for name, layer in layers.items():
             layer.set_factors(adapter_name, factors[name], trainable=trains)
             layer.observe(adapter_name, config)
+        pack_statistics(layers.values(), adapter_name)
 
     def _pipeline(
         self, adapter_name: str, *, gather: bool = False

@@ -11,6 +11,7 @@ A new statistic is one function and one registry line.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -63,7 +64,7 @@ class StepObservation:
 
 
 class SharedGram:
-    """The Gram matrix of the input last seen, kept until another input comes."""
+    """The Gram matrix of the input last seen, kept until another input comes, and the sums it was added to."""
 
     def __init__(self) -> None:
         self.clear()
@@ -88,13 +89,27 @@ class SharedGram:
     def bind(self, mask: Tensor) -> None:
         """Say which tokens the next call is about; the Gram matrix is kept if they are the last ones."""
         if self._mask is None or not torch.equal(self._mask, mask):
-            self._mask, self._gram = mask, None
+            self._mask, self._gram, self._added = mask, None, {}
 
     def gram(self, seen: TokenObservation) -> Tensor:
         """sum over tokens of ``x x^T``, (in, in)."""
         if self._gram is None:
             self._gram = gram(seen.x.flatten(0, 1))
         return self._gram
+
+    def add(self, total: Tensor | None, value: Tensor, device: torch.device) -> Tensor:
+        """``total + value`` on a device, float32; in place unless the value is the Gram matrix. None: no total yet.
+
+        Layers that had one and the same total get one and the same tensor then, so that equal sums take memory once;
+        the total is not changed, because a layer that was not called this time keeps it.
+        """
+        if value is not self._gram:
+            moved = value.to(device, torch.float32, copy=total is None)
+            return moved if total is None else total.to(device).add_(moved)
+        if id(total) not in self._added:
+            moved = value.to(device)
+            self._added[id(total)] = (total, moved if total is None else total.to(device) + moved)
+        return self._added[id(total)][1]
 
     def clear(self) -> None:
         """Forget the input: the optimizer step is over."""
@@ -103,6 +118,7 @@ class SharedGram:
         self._observed: object = None
         self._mask: Tensor | None = None
         self._gram: Tensor | None = None
+        self._added: dict[int, tuple[Tensor | None, Tensor]] = {}  # total before and after, by id, which it keeps valid
         self._start = 0
 
 
@@ -215,6 +231,27 @@ def stored_shape(name: str, out_features: int, in_features: int, rank: int | Non
     return whole if rank is None else (rank + 1, whole[1])
 
 
+def pack(total: Tensor) -> Tensor:
+    """The upper triangle of a symmetric matrix (n, n), row after row, (n (n + 1) / 2,)."""
+    return total[_upper(len(total), total.device)]
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The symmetric matrix (n, n) of :func:`pack`."""
+    size = math.isqrt(2 * len(packed))
+    upper = packed.new_zeros(size, size).masked_scatter_(_upper(size, packed.device), packed)
+    return upper + upper.triu(1).T
+
+
+def _upper(size: int, device: torch.device) -> Tensor:
+    return torch.ones(size, size, dtype=torch.bool, device=device).triu_()
+
+
+def is_gram(name: str, total: Tensor) -> bool:
+    """Whether a sum is a whole symmetric matrix, neither packed nor a sketch."""
+    return STATISTICS[name].rows is not None and total.dim() == 2 and total.shape[0] == total.shape[1]
+
+
 def token_summand(name: str, seen: TokenObservation, rank: int | None = None) -> Tensor:
     """What one backward pass adds to a sum, whole, or as a sketch with r = rank."""
     statistic = STATISTICS[name]
@@ -229,7 +266,7 @@ class LayerStatistics:
     """The sums of one layer and how much they saw, on the CPU.
 
     Attributes:
-        sums: by name, float32; Gram matrices whole or as sketches, which :meth:`mean` tells by their shape.
+        sums: by name, float32; Gram matrices whole, packed or as sketches, which :meth:`mean` tells by their shape.
         counts: tokens, samples and steps observed.
     """
 
@@ -239,8 +276,9 @@ class LayerStatistics:
     def mean(self, name: str) -> Tensor:
         """The sum, or what its sketch stands for, divided by what it ran over, float64."""
         total, statistic = self.sums[name], STATISTICS[name]
-        is_sketch = statistic.rows is not None and total.shape[0] != total.shape[1]
-        return (expand(total) if is_sketch else total.double()) / self.counts[statistic.per]
+        if statistic.rows is not None and not is_gram(name, total):
+            total = unpack(total) if total.dim() == 1 else expand(total)
+        return total.to(torch.float64, copy=True).div_(self.counts[statistic.per])
 
 
 class Observe(torch.autograd.Function):

@@ -77,6 +77,18 @@ def test_generates_the_same_after_reloading(folder: Path, tmp_path: Path) -> Non
     assert torch.equal(reloaded(model, tmp_path).generate(**prompt, max_new_tokens=6, do_sample=False), written)
 
 
+def test_left_lies_by_columns_in_memory_alone(folder: Path, tmp_path: Path) -> None:
+    """Merged and loaded alike; on disk the tensors are as ever, and a vector passes like a batch."""
+    again = reloaded(load(folder), tmp_path)
+    layers = [module for module in again.modules() if isinstance(module, LowRankLinear)]
+    assert layers
+    for layer in layers:
+        assert layer.left.weight.stride() == (1, layer.left.out_features)
+        x = torch.randn(3, 2, layer.in_features)
+        torch.testing.assert_close(layer(x)[1, 1], layer(x[1, 1]))
+    assert_bit_equal(tensors(again), tensors(load(folder)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype, folder: Path, tmp_path: Path) -> None:
     expected = logits(load(folder))

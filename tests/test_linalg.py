@@ -8,11 +8,12 @@ from lora_svd.errors import NumericalError
 from lora_svd.linalg import (
     INDEFINITE_TOLERANCE,
     Metrics,
+    between_roots,
     gram,
     metric_root,
     metric_times,
+    root_times,
     root_transpose_solve,
-    root_transpose_times,
     shrink,
 )
 
@@ -30,7 +31,7 @@ def with_eigenvalues(values):
     return (matrix + matrix.T) / 2
 
 
-@pytest.mark.parametrize("size", [1, 7, 128, 129, 300])
+@pytest.mark.parametrize("size", [1, 7, 192, 193, 400])
 def test_gram_is_the_product(size):
     rows = torch.randn(11, size, dtype=torch.float64)
     assert reference.relative_error(gram(rows), rows.T @ rows) < 1e-14
@@ -55,19 +56,33 @@ def test_root_squares_to_the_metric(kind):
     assert reference.relative_error(root @ root.T, reference.dense(metric, N)) < (1e-7 if kind == "rounded" else 1e-11)
 
 
+def dense_root(root, size=N):
+    """R, (n, n), of what :func:`metric_root` gives."""
+    return torch.eye(size, dtype=torch.float64) if root is None else root.diag() if root.dim() == 1 else root
+
+
 @pytest.mark.parametrize("kind", METRICS)
 def test_times_and_solve_undo_each_other(kind):
     root, matrix = metric_root(METRICS[kind]()), torch.randn(N, 3, dtype=torch.float64)
-    assert reference.relative_error(root_transpose_solve(root, root_transpose_times(root, matrix)), matrix) < 1e-7
+    assert reference.relative_error(root_transpose_solve(root, dense_root(root).T @ matrix), matrix) < 1e-7
+    assert reference.relative_error(root_times(root, matrix), dense_root(root) @ matrix) < 1e-14
 
 
-def test_root_is_transposed():
-    """R^T M and not R M: only a root that is not symmetric tells them apart."""
-    metric, matrix = positive(), torch.randn(N, 3, dtype=torch.float64)
-    root = metric_root(metric)
-    product = root_transpose_times(root, matrix)
-    assert reference.relative_error(product.T @ product, matrix.T @ metric @ matrix) < 1e-12
-    assert reference.relative_error((root @ matrix).T @ (root @ matrix), matrix.T @ metric @ matrix) > 1e-3
+@pytest.mark.parametrize("kind", METRICS)
+def test_between_roots_is_the_dense_product(kind):
+    """R^T M R and not R M R^T: only a root that is not symmetric tells them apart."""
+    root, matrix = metric_root(METRICS[kind]()), positive()
+    R = dense_root(root)
+    assert reference.relative_error(between_roots(root, matrix), R.T @ matrix @ R) < 1e-12
+    assert kind != "full" or reference.relative_error(R @ matrix @ R.T, R.T @ matrix @ R) > 1e-3
+
+
+@pytest.mark.parametrize("size", [192, 193, 400])
+def test_between_lower_roots_by_blocks(size):
+    root, matrix = torch.randn(size, size, dtype=torch.float64).tril(), positive(size)
+    found = between_roots(root, matrix)
+    assert reference.relative_error(found, root.T @ matrix @ root) < 1e-12
+    assert torch.equal(found, found.T)
 
 
 @pytest.mark.parametrize("kind", METRICS)

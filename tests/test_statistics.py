@@ -13,7 +13,7 @@ from torch import nn
 from lora_svd import LoraSVDConfig
 from lora_svd.importance import IMPORTANCES
 from lora_svd.layer import LoraSVDLinear
-from lora_svd.statistics import STATISTICS, SharedGram, observe_tokens
+from lora_svd.statistics import STATISTICS, SharedGram, observe_tokens, pack, unpack
 
 NAMES = ("query", "key", "out")
 TOKEN_STATISTICS = [name for name, statistic in STATISTICS.items() if statistic.per == "token"]
@@ -222,6 +222,23 @@ def test_layers_with_one_input_share_its_gram_unless_they_see_other_tokens():
         assert reference.relative_error(gram_of(shared, other, gradient), masked_gram(other, gradient)) < 1e-6
 
 
+def test_equal_sums_of_layers_with_one_input_take_memory_once() -> None:
+    """Until one of them sees what the other does not, which changes its own sum alone."""
+    model = adapt(Branches())
+    query, key = (tuner_layer(model, name) for name in ("query", "key"))
+    (first, mask), (second, _), (third, _) = random_batches((4, 6, 5), (4, 6, 5), (4, 6, 5))
+    for x in (first, second):
+        sample_losses(model(x), mask).sum().backward()
+    before = masked_gram(torch.cat([first, second]), torch.cat([mask, mask])[..., None])
+    assert query.lora_svd_input_gram["default"] is key.lora_svd_input_gram["default"]
+    saved = [value for name, value in model.state_dict().items() if "input_gram" in name]
+    assert len({value.data_ptr() for value in saved}) == len(NAMES)  # or what saves tensors leaves doubles out
+    query(third).square().sum().backward()
+    grams = {layer: layer.lora_svd_input_gram["default"] for layer in (query, key)}
+    assert reference.relative_error(grams[key], before) < 1e-6
+    assert reference.relative_error(grams[query], before + masked_gram(third, torch.ones(4, 6, 1))) < 1e-6
+
+
 @pytest.mark.parametrize(("share", "stride"), [(1.0, 1), (0.5, 2), (0.26, 4), (0.01, 4)])
 def test_a_share_of_the_tokens_is_observed(share: float, stride: int) -> None:
     """At least 512 of 2,048, the same of layers with one input, and every token as often as any other."""
@@ -331,3 +348,32 @@ def test_gradient_checkpointing_changes_nothing(llama, use_reentrant):
         assert statistics.counts == plain[name].counts
         for statistic, total in statistics.sums.items():
             assert reference.relative_error(total, plain[name].sums[statistic]) < 1e-6
+
+
+def test_packing_keeps_half_of_a_symmetric_matrix_to_the_bit() -> None:
+    for size in (1, 2, 7, 40):
+        whole = torch.randn(size, size)
+        whole = whole + whole.T
+        packed = pack(whole)
+        assert packed.shape == (size * (size + 1) // 2,)
+        assert torch.equal(unpack(packed), whole)
+
+
+@pytest.mark.parametrize("importance", ["lora_activation", "kronecker"])
+def test_statistics_take_half_once_they_are_complete(importance: str) -> None:
+    """What they say stays the same, to the bit, and so does what follows from it."""
+    torch.manual_seed(0)
+    model = adapt(Branches(), importance)
+    observe(model, random_batches((3, 6, 5)))
+    before = {name: tuner_layer(model, name).statistics("default") for name in NAMES}
+    model.base_model.set_param_ratio(0.5)
+    factors = {name: tuner_layer(model, name).factors("default") for name in NAMES}
+    for name in NAMES:
+        after = tuner_layer(model, name).statistics("default")
+        for statistic in before[name].sums:
+            assert torch.equal(after.mean(statistic), before[name].mean(statistic))
+            assert after.sums[statistic].dim() == 1
+
+    model.base_model.set_param_ratio(0.5)
+    for name, found in factors.items():
+        assert found is None or torch.equal(tuner_layer(model, name).factors("default").left, found.left)

@@ -141,6 +141,9 @@ class LoraSVDCompactQuantizer(HfQuantizer):
         # Without quantized weights nothing is: casting, training and PEFT treat the model like any other.
         mark(model, None if self._inner is None else self)
         keep_unpacked(model)
+        for module in model.modules():
+            if isinstance(module, LowRankLinear):
+                module.store_left_by_columns()
         model.config.quantization_config.checksums = {}  # of files that were read; the model may now change
         return model
 

@@ -95,6 +95,7 @@ def compact_module(result: Factors | Tensor, base: nn.Module, dense: Tensor, fac
             module.left.weight.copy_(left)
         if bias is not None:
             (module.left.bias if module.bias is None else module.bias).copy_(bias)
+    module.store_left_by_columns()
     return module
 
 

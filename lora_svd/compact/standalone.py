@@ -66,8 +66,20 @@ class LowRankLinear(nn.Module):
             hidden = self.right(x)
             if self.factor_format == "factors":
                 return self.left(hidden)
-            result = torch.cat([hidden, self.left(hidden)], dim=-1).index_select(-1, self.order)
+            result = torch.cat([hidden, self.left(hidden)], dim=-1)
+            # of a matrix: several times faster than along the last of three dimensions
+            result = result.view(-1, self.out_features).index_select(1, self.order).view(result.shape)
         return result if self.bias is None else result + self.bias
+
+    def store_left_by_columns(self) -> None:
+        """Lay out the weight of left in memory column by column; nothing else changes.
+
+        Its rows are short, k numbers, and in products with few tokens, as in decoding, the start of a row costs as much
+        as the row: on a CPU they take half of the time this way.
+        """
+        weight = self.left.weight
+        if self.split is None and type(self.left) is nn.Linear and weight.is_floating_point():
+            weight.data = weight.data.T.contiguous().T
 
     def extra_repr(self) -> str:
         return (

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from ..linalg import (
     Metrics,
+    between_roots,
     metric_root,
     metric_times,
     root_times,
     root_transpose_solve,
-    root_transpose_times,
     shrink,
     symmetric_product,
 )
@@ -22,7 +22,7 @@ def _scaled_gram(weight: Tensor, metrics: Metrics) -> tuple[Tensor, Tensor | Non
     """``R^T W column W^T R`` and the root R of the row metric, for a float64 weight with out <= in."""
     root = metric_root(metrics.row)
     outputs = symmetric_product(weight.T, metric_times(metrics.column, weight.T))
-    return root_transpose_times(root, root_transpose_times(root, outputs).T), root
+    return between_roots(root, outputs), root
 
 
 def weighted_spectrum(weight: Tensor, metrics: Metrics) -> Tensor:

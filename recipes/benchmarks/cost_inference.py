@@ -81,7 +81,12 @@ def linear_layers(model: Any, tokens: Tensor) -> Callable[[], Any]:
         if isinstance(layer, (nn.Linear, LowRankLinear)) and not name.endswith(("lm_head", ".left", ".right"))
     ]
     inputs = [torch.randn(*tokens.shape, layer.in_features, dtype=model.dtype) for layer in layers]
-    return lambda: [layer(x) for layer, x in zip(layers, inputs, strict=True)]
+
+    def work() -> None:  # no output outlives its successor's, as in a model
+        for layer, x in zip(layers, inputs, strict=True):
+            layer(x)
+
+    return work
 
 
 def linear_layers_of_one_token(model: Any, tokens: Tensor) -> Callable[[], Any]:
