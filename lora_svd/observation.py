@@ -134,9 +134,9 @@ class ObservedLayer(nn.Module, BaseTunerLayer):
         gram = grams[adapter_name] if adapter_name in grams else self._zeros(adapter_name, "input_gram")
         through = between if "input_gram" in self._sketches.get(adapter_name, {}) else input_sketch
         with torch.autocast(device_type=A.device.type, enabled=False):
-            # of 0 tokens while all output gradients are zero
-            found = through(A.float().to(gram.device), gram / num_tokens.clamp_min(1).to(gram.device))
-        return found.to(A.device)
+            found = through(A.float().to(gram.device), gram)
+        # of 0 tokens while all output gradients are zero
+        return found.to(A.device) / num_tokens.clamp_min(1).to(A.device)
 
     def join_statistics(self, adapter_name: str) -> None:
         """Give every process the sums over all of them; what is added afterwards is its own part again."""

@@ -149,7 +149,8 @@ def minnorm_gradient(step: StepObservation) -> Tensor:
 def input_sketch(lora_A: Tensor, input_gram: Tensor) -> Tensor:
     """``M = A X A^T``, (r, r), float64: what A (r, in) lets through of ``X = E[x x^T]`` (in, in)."""
     A = lora_A.double()
-    return A @ input_gram.double() @ A.T
+    # X by blocks of rows, which are its columns: a float64 copy of a wide one takes longer than the products
+    return torch.cat([A @ rows.double().T for rows in input_gram.split(256)], dim=1) @ A.T
 
 
 def gradient_rows(step: StepObservation) -> Tensor:

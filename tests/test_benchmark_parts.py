@@ -13,6 +13,8 @@ import datasets
 import pytest
 import torch
 from accuracy import load_tasks, task_accuracies
+from common import CostArguments
+from cost_growth import costs, exponent, extrapolated, growth, tables
 from figure import draw, plot, table, with_mean
 from peft import get_peft_model
 from tiny_lm import save_tiny_lm
@@ -252,3 +254,67 @@ def test_mean_accuracy_is_that_of_results_with_all_tasks() -> None:
     assert table(with_mean(results, ["arc_easy", "lambada"]), ["mean accuracy", "lambada"]) == (
         "| row | mean accuracy 1.0 | lambada 1.0 |\n|---|---:|---:|\n| dense | 0.375 | 0.250 |\n"
     )
+
+
+def test_costs_of_a_block() -> None:
+    hidden, width = 32, 88  # 11008 / 4096 as wide, to a multiple of 8
+    row = growth(CostArguments(model="", results="", batch=1, window=16, repetitions=1), hidden)
+    assert row["weight_bytes"] == 4 * (4 * hidden**2 + 3 * hidden * width)
+    # Gram matrices of the inputs of six layers and of down_proj, which they may share; the diagonal of each output's
+    shared, single = (4 * (count * hidden**2 + width**2 + 5 * hidden + 2 * width) for count in (3, 6))
+    assert shared <= row["statistics_bytes"] <= single
+    assert row["factorization"] > 0 < row["whole_svds"]
+    assert row["export"] > 0
+    assert len(row["inference"]) == 4
+    compared = [row["observing"], row["recovering"], *row["inference"].values()]
+    assert all(pair["wall_ratio"] > 0 and pair["cpu_ratio"] > 0 for pair in compared)
+
+
+def test_costs_follow_the_power_law_of_the_two_largest_sizes() -> None:
+    cube = {256: 1.0, 4096: 1.5 * 4096**3, 1024: 1.5 * 1024**3}
+    assert exponent(cube) == pytest.approx(3)
+    assert extrapolated(cube, 8192) == pytest.approx(1.5 * 8192**3)
+    assert extrapolated(cube, 4096) == 1.5 * 4096**3
+    assert extrapolated({1024: 1.25, 2048: 1.25}, 8192) == 1.25
+
+
+def test_growth_tables() -> None:
+    def row(hidden: int) -> dict[str, Any]:
+        size = hidden // 1024
+        return {
+            "hidden": hidden,
+            "observing": {"cpu_ratio": 1.25},
+            "recovering": {"cpu_ratio": 1.0},
+            "factorization": 9.0 * size**3,
+            "export": 4.5 * size**2,
+            "statistics_bytes": 25_000_000 * size**2,
+            "weight_bytes": 50_000_000 * size**2,
+            "inference": {"prefill, pivoted": {"cpu_ratio": 0.5}},
+        } | ({"whole_svds": 18.0 * size**3} if hidden < 4096 else {})
+
+    block, models = tables(costs(map(row, (2048, 1024, 4096)))).split("\n\n")
+    assert cells(block) == {
+        "one block, hidden size": ["1024", "2048", "4096", "exponent", "8192, extrapolated"],
+        "factorization, seconds": ["9.00", "72.0", "576", "3.00", "4,608"],
+        "whole SVDs and roots, seconds": ["18.0", "144", "-", "3.00", "9,216"],
+        "export, seconds": ["4.50", "18.0", "72.0", "2.00", "288"],
+        "statistics, GB": ["0.0250", "0.100", "0.400", "2.00", "1.60"],
+        "weight, GB": ["0.0500", "0.200", "0.800", "2.00", "3.20"],
+        "step, observing / LoRA": ["1.25", "1.25", "1.25", "0.00", "1.25"],
+        "step, recovering / LoRA": ["1.00", "1.00", "1.00", "0.00", "1.00"],
+        "speed at 0.4, prefill, pivoted / dense": ["2.00", "2.00", "2.00", "-", "-"],
+    }
+    assert cells(models) == {
+        "whole model": ["7B, 32 x 4096", "70B, 80 x 8192"],
+        "factorization, core-hours": ["5.12", "102"],
+        "whole SVDs and roots, core-hours": ["10.2", "205"],
+        "export, core-hours": ["0.640", "6.40"],
+        "statistics, GB": ["12.8", "128"],
+        "weight, GB": ["25.6", "256"],
+    }
+
+
+def cells(markdown: str) -> dict[str, list[str]]:
+    """Of a table, by first column."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines()]
+    return {name: entries for name, *entries in lines if not name.startswith("---")}

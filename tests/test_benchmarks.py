@@ -20,6 +20,7 @@ def test_every_benchmark_is_run_here() -> None:
     parts = {
         "accuracy.py",
         "common.py",
+        "cost_growth.py",
         "cost_inference.py",
         "cost_training.py",
         "figure.py",

@@ -222,6 +222,14 @@ def test_gradient_rows_estimate_the_diagonal_of_the_gradient_covariance():
     assert reference.relative_error(torch.stack(rows).mean(0), expected) < 0.1
 
 
+@pytest.mark.parametrize("size", [1, 256, 600])
+def test_input_sketch_is_exact_in_any_width(size):
+    """In float64, although the Gram matrix is in float32 and of very different scales."""
+    rows = torch.randn(40, size) * torch.logspace(0, 3, size)
+    A, X = torch.randn(4, size), rows.T @ rows
+    assert reference.relative_error(input_sketch(A, X), A.double() @ X.double() @ A.double().T) < 1e-12
+
+
 def test_gradient_rows_ask_for_the_input_gram():
     empty = torch.zeros(2, 2)
     with pytest.raises(LoraSVDError, match="gradient_rows: collect input_gram"):

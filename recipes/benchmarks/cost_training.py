@@ -138,5 +138,7 @@ def whole_svd(layer: LayerInput, metrics: Metrics) -> None:
 
 
 def square_root(metric: Any) -> Tensor:
+    if metric.dim() == 1:
+        return metric.sqrt().diag()
     values, vectors = torch.linalg.eigh(metric)
     return vectors * values.clamp_min(0).sqrt() @ vectors.T
