@@ -7,22 +7,22 @@ from torch import Tensor
 
 from ..linalg import (
     Metrics,
-    between_roots,
     metric_root,
     metric_times,
-    root_times,
     root_transpose_solve,
+    root_transpose_times,
     shrink,
     symmetric_product,
 )
 from .factors import Factors
 
 
-def _scaled_gram(weight: Tensor, metrics: Metrics) -> tuple[Tensor, Tensor | None]:
-    """``R^T W column W^T R`` and the root R of the row metric, for a float64 weight with out <= in."""
+def _scaled(weight: Tensor, metrics: Metrics) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``R^T W``, its Gram matrix ``R^T W column W^T R`` and the root R of the row metric, for a float64 weight with
+    out <= in."""
     root = metric_root(metrics.row)
-    outputs = symmetric_product(weight.T, metric_times(metrics.column, weight.T))
-    return between_roots(root, outputs), root
+    scaled = root_transpose_times(root, weight)
+    return scaled, symmetric_product(scaled.T, metric_times(metrics.column, scaled.T)), root
 
 
 def weighted_spectrum(weight: Tensor, metrics: Metrics) -> Tensor:
@@ -35,7 +35,7 @@ def weighted_spectrum(weight: Tensor, metrics: Metrics) -> Tensor:
     """
     if weight.shape[0] > weight.shape[1]:
         return weighted_spectrum(weight.T, metrics.transposed)
-    gram, _ = _scaled_gram(weight.double(), metrics)
+    _, gram, _ = _scaled(weight.double(), metrics)
     return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
 
 
@@ -50,11 +50,10 @@ def weighted_svd(weight: Tensor, metrics: Metrics, rank: int) -> Factors:
     if weight.shape[0] > weight.shape[1]:
         factors = weighted_svd(weight.T, metrics.transposed, rank)
         return Factors(left=factors.right.T, right=factors.left.T)
-    weight = weight.double()
-    gram, root = _scaled_gram(weight, metrics)
+    scaled, gram, root = _scaled(weight.double(), metrics)
     _, vectors = torch.linalg.eigh(gram)
     leading = vectors[:, -rank:].flip(1)
-    return Factors(left=root_transpose_solve(root, leading), right=root_times(root, leading).T @ weight)
+    return Factors(left=root_transpose_solve(root, leading), right=leading.T @ scaled)
 
 
 def truncate(factors: Factors, metrics: Metrics, rank: int) -> Factors:
