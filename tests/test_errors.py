@@ -19,6 +19,7 @@ from lora_svd.config import COMPENSATIONS
 from lora_svd.importance import IMPORTANCES
 
 UP = "model.layers.0.mlp.up_proj"
+DOWN = UP.replace("up", "down")  # no other layer has its input
 
 
 class StopAfter(TrainerCallback):
@@ -187,13 +188,13 @@ def test_plain_svd_needs_no_observation() -> None:
 @pytest.mark.parametrize("name", ["gradient_rows", "input_gram"])
 def test_non_finite_statistic_loses_nothing(name: str, value: float, tmp_path: Path) -> None:
     model = stopped(tmp_path, warmup=8)
-    buffer = getattr(model.get_submodule(f"base_model.model.{UP}"), f"lora_svd_{name}")["default"]
+    buffer = getattr(model.get_submodule(f"base_model.model.{DOWN}"), f"lora_svd_{name}")["default"]
     whole = buffer.clone()
     buffer.view(-1)[0] = value
     expected, before = logits(model), tensors(model)
     with (
         pytest.warns(UserWarning, match="training ended before"),
-        pytest.raises(NumericalError, match=rf"{UP}: {name} has 1 of {buffer.numel()} non-finite values.*Lower"),
+        pytest.raises(NumericalError, match=rf"{DOWN}: {name} has 1 of {buffer.numel()} non-finite values.*Lower"),
     ):
         model.merge_and_unload()
     found = tensors(model)
@@ -245,8 +246,8 @@ def test_first_step_without_any_gradient_is_no_error() -> None:
 def test_non_finite_statistic_of_a_step_names_the_module() -> None:
     model = wrap(total_steps=20)
     backward(model)
-    model.get_submodule(f"base_model.model.{UP}").lora_svd_input_gram["default"][0, 0] = math.nan
-    with pytest.raises(NumericalError, match=rf"^{UP}: metric has \d+ of 16 non-finite values"):
+    model.get_submodule(f"base_model.model.{DOWN}").lora_svd_input_gram["default"][0, 0] = math.nan
+    with pytest.raises(NumericalError, match=rf"^{DOWN}: metric has \d+ of 16 non-finite values"):
         model.base_model.update_and_allocate(0)
 
 
