@@ -55,11 +55,6 @@ def test_root_squares_to_the_metric(kind):
     assert reference.relative_error(root @ root.T, reference.dense(metric, N)) < (1e-7 if kind == "rounded" else 1e-11)
 
 
-def dense_root(root, size=N):
-    """R, (n, n), of what :func:`metric_root` gives."""
-    return torch.eye(size, dtype=torch.float64) if root is None else root.diag() if root.dim() == 1 else root
-
-
 @pytest.mark.parametrize("kind", METRICS)
 def test_times_and_solve_undo_each_other(kind):
     root, matrix = metric_root(METRICS[kind]()), torch.randn(N, 3, dtype=torch.float64)

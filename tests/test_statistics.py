@@ -373,7 +373,6 @@ def test_statistics_take_half_once_they_are_complete(importance: str) -> None:
         for statistic in before[name].sums:
             assert torch.equal(after.mean(statistic), before[name].mean(statistic))
             assert after.sums[statistic].dim() == 1
-
     model.base_model.set_param_ratio(0.5)
     for name, found in factors.items():
         assert found is None or torch.equal(tuner_layer(model, name).factors("default").left, found.left)
