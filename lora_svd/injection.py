@@ -112,6 +112,13 @@ class InjectedModel(BaseTuner):
             new.requires_grad_(False)
         self._replace_module(parent, target_name, new, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """PEFT's takes a weight over, which a head of several layers, in ``modules_to_save``, has not."""
+        if isinstance(new_module, BaseTunerLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)
+
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """What DDP, given the PEFT model, is to leave alone: it would send the statistics with every forward pass, and
