@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from .layer import LoraSVDLinear
 
 _SLICE = 1 << 20  # logits in float32 at a time: 4 MiB, which caches hold
 
@@ -56,3 +61,20 @@ def label_positions(logits: Tensor, labels: Tensor | None, ignore_index: int = -
     if labels is None or labels.shape != logits.shape[:-1] or labels.is_floating_point():
         return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
     return labels.to(logits.device) != ignore_index
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """The base model with its own head and without dropout; which parameters are trained is not touched."""
+    adapted = [module for module in model.modules() if isinstance(module, LoraSVDLinear | ModulesToSaveWrapper)]
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in adapted:
+            module._disable_adapters = True
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for module in adapted:
+            module._disable_adapters = False

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from .compression import (
     factorize,
 )
 from .config import LoraSVDConfig, check_param_ratio
-from .distillation import distillation_loss, label_positions
+from .distillation import as_it_was, distillation_loss, label_positions
 from .errors import LoraSVDError, NumericalError, in_module
 from .importance import IMPORTANCES
 from .injection import InjectedModel, check_called
@@ -56,8 +55,7 @@ class PhasedModel(InjectedModel):
         if not share or not torch.is_grad_enabled() or getattr(outputs, "loss", None) is None:
             return
         given = {name: value for name, value in kwargs.items() if name != "labels"}
-        layers = [module for module in model.modules() if isinstance(module, LoraSVDLinear)]
-        with torch.no_grad(), _switched_off(layers):
+        with torch.no_grad(), as_it_was(model):
             teacher = model.forward(*args, **given).logits
         mask = label_positions(outputs.logits, kwargs.get("labels"))
         distance = distillation_loss(outputs.logits, teacher, mask, kwargs.get("num_items_in_batch"))
@@ -265,18 +263,6 @@ def kept_parameters_of(config: LoraSVDConfig, shapes: Mapping[str, LayerShape]) 
     ranks = config.compact_ranks if config.compressed and config.compact_ranks else {}
     in_force = {name: ranks.get(name, shape.full_rank) for name, shape in shapes.items()}
     return kept_parameters(in_force, shapes, config.factor_format)
-
-
-@contextmanager
-def _switched_off(layers: list[LoraSVDLinear]) -> Iterator[None]:
-    """The base model's own output, without touching which parameters are trained."""
-    try:
-        for layer in layers:
-            layer._disable_adapters = True
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
 
 
 def _gradients_are_finite(

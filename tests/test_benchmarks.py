@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from common import PeakMemory, Results, read_text
-from tiny_lm import make_text, save_tiny_lm
+from tiny_lm import make_text, save_tiny_lm, save_tiny_task
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,12 +26,14 @@ def test_every_benchmark_is_run_here() -> None:
         "figure.py",
         "lora_prune.py",
         "neuron_selection.py",
+        "task_data.py",  # in test_real_model.py
     }
     assert {path.name for path in (ROOT / "recipes/benchmarks").glob("*.py")} - parts == {
         "cost.py",
         "four_bit.py",
         "kill_and_resume.py",  # in test_torn_checkpoints.py
         "language_model.py",
+        "task_model.py",
     }
 
 
@@ -75,6 +77,22 @@ def test_four_bit_benchmark(tmp_path: Path) -> None:
     assert all(1 < row["words"] < 1000 for row in rows if row not in memory)
     assert size["dense, HQQ 2 bits", 1.0] < size["dense, HQQ 4 bits", 1.0] < size["dense, bfloat16", 1.0]
     assert size["compact, NF4", 0.6] < 0.8 * size["dense, NF4", 1.0] < size["compact, bfloat16", 0.6]
+
+
+@pytest.mark.timeout(600)
+def test_task_model_benchmark_fills_its_table_and_resumes(tmp_path: Path) -> None:
+    save_tiny_task(tmp_path)
+    words = ["--model", "encoder", "--train", "train.jsonl", "--test", "dev.jsonl", "--task", "words"]
+    words += ["--results", "results.jsonl", "--sizes", "0.33", "--seeds", "0", "--batch", "8"]
+    words += ["--dense_steps", "3", "--steps", "4", "--observed_steps", "2"]
+    for _ in range(2):  # the second run finds everything there
+        printed = run(tmp_path, "task_model.py", *words)
+    assert printed == ""
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len({row["row"] for row in rows}) == len(rows) == 13
+    dense = next(row["parameters"] for row in rows if row["row"] == "dense")
+    assert all((row["parameters"] < dense) == (row["param_ratio"] < 1) for row in rows)
+    assert all(64 * row["accuracy"] == pytest.approx(round(64 * row["accuracy"]), abs=0.01) for row in rows)
 
 
 @pytest.mark.timeout(600)

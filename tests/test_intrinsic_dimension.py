@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from models import ARCHITECTURES, LLAMA, tensors
-from tiny_lm import make_text, save_tiny_lm
+from tiny_lm import save_tiny_task
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
 
 from lora_svd import LoraSVDError
 from lora_svd.intrinsic_dimension import RandomSubspace, intrinsic_dimension, layer_of, random_subspace
@@ -146,14 +145,7 @@ class TestIntrinsicDimension:
 
 def test_recipe_runs(tmp_path: Path):
     """On an encoder made for the test, and a task that its words decide."""
-    save_tiny_lm(tmp_path / "encoder")  # for its tokenizer
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    BertForSequenceClassification(BertConfig(vocab_size=63, **sizes)).save_pretrained(tmp_path / "encoder")
-    for seed, name in enumerate(("train", "dev")):
-        sentences = make_text(64 * 6, seed=seed).split()
-        rows = [sentences[i : i + 6] for i in range(0, len(sentences), 6)]
-        lines = [json.dumps({"sentence": " ".join(row), "label": int(int(row[0][1:]) < 30)}) for row in rows]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    save_tiny_task(tmp_path)
     options = {
         "model": "encoder",
         "train_file": "train.jsonl",

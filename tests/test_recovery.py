@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import LLAMA, assert_bit_equal, logits, make_trainer, tensors, wrap
+from models import ARCHITECTURES, LLAMA, assert_bit_equal, logits, make_trainer, tensors, wrap
 from peft import PeftModel
 from test_resume import SCHEDULES, assert_resumes
 
@@ -66,6 +66,20 @@ def test_teacher_is_the_model_without_its_adapter(tmp_path: Path) -> None:
     assert distance > 0
     assert float(mixed) == pytest.approx(float(0.7 * plain.loss + 0.3 * distance), rel=1e-4)
     assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_teacher_has_its_own_head_and_no_dropout(tmp_path: Path) -> None:
+    bert = ARCHITECTURES["bert"]
+    model = wrap(bert, warmup=2, distillation=1.0, task_type="SEQ_CLS", modules_to_save=["classifier"])
+    make_trainer(model, tmp_path, bert, steps=3).train()
+    modes = {name: module.training for name, module in model.train().named_modules()}
+    outputs = model(**bert.inputs())
+    with torch.no_grad():
+        teacher = bert.build().eval()(**bert.inputs()).logits
+    expected = distillation_loss(outputs.logits, teacher, torch.ones(len(teacher), dtype=torch.bool))
+    assert expected > 0
+    torch.testing.assert_close(outputs.loss, expected, rtol=1e-5, atol=1e-7)
+    assert modes == {name: module.training for name, module in model.named_modules()}
 
 
 def test_factors_are_trained_if_asked(tmp_path: Path) -> None:

@@ -1,13 +1,20 @@
-"""A tiny causal language model with its tokenizer, saved as a user's would be, and text that it can learn."""
+"""Tiny models with their tokenizer, saved as a user's would be, and texts that they can learn."""
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 WORDS = [f"w{index}" for index in range(60)]
 POSITIONS = 64
@@ -47,3 +54,15 @@ def save_tiny_lm(folder: Path, positions: int = POSITIONS, *, hidden: int = 32, 
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def save_tiny_task(folder: Path) -> None:
+    """Save a random ``encoder`` and, as train.jsonl and dev.jsonl, sentences whose first word decides on the label."""
+    save_tiny_lm(folder / "encoder")  # for its tokenizer
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForSequenceClassification(BertConfig(vocab_size=63, **sizes)).save_pretrained(folder / "encoder")
+    for seed, name in enumerate(("train", "dev")):
+        sentences = make_text(64 * 6, seed=seed).split()
+        rows = [sentences[i : i + 6] for i in range(0, len(sentences), 6)]
+        lines = [json.dumps({"sentence": " ".join(row), "label": int(int(row[0][1:]) < 30)}) for row in rows]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))

