@@ -92,7 +92,7 @@ class LoraSVDConfig(PeftConfig):
         "matrices, with factor_format='factors'; 'elementwise': low rank, with importance='fisher_elementwise'.",
     )
     factor_format: str = option(
-        "pivoted", "How rank k is stored: 'pivoted' in k(m+n)-k^2 numbers, 'factors' as two matrices in k(m+n)."
+        "pivoted", "How rank k is stored: 'pivoted' in k(m+n)-k^2 numbers, 'factors' as two matrices in k(m+n), faster."
     )
     compensation: str = option(
         "absorb", "At merge the bypass is folded into the rank-k factors ('absorb') or stored as r more ranks ('keep')."

@@ -148,15 +148,15 @@ class Benchmark:
             self.given.model, num_labels=self.labels, dtype=torch.float32
         )
 
-    def dense(self, seed: int) -> Any:
-        """The dense model, trained on the task once for a seed."""
-        given = self.given
-        known = [given.model, given.train, given.dense_steps, given.batch, given.max_length, given.learning_rate]
+    def dense(self, seed: int, steps: int | None = None) -> Any:
+        """The dense model, trained on the task, for ``dense_steps`` if nothing is said, once for a seed."""
+        given, steps = self.given, steps or self.given.dense_steps
+        known = [given.model, given.train, steps, given.batch, given.max_length, given.learning_rate]
         known += [given.bf16, seed]
         folder = self.cache / f"task-{sha256(json.dumps(known).encode()).hexdigest()[:12]}"
         if not folder.exists():
             set_seed(seed)  # the head is random
-            model = self.train(self.encoder(), steps=given.dense_steps, rate=given.learning_rate, seed=seed)
+            model = self.train(self.encoder(), steps=steps, rate=given.learning_rate, seed=seed)
             model.save_pretrained(folder)
         return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
 
@@ -175,6 +175,11 @@ class Benchmark:
 def dense(bench: Benchmark, size: float, seed: int) -> Any:
     """All parameters trained on the task."""
     return bench.dense(seed)
+
+
+def dense_longer(bench: Benchmark, size: float, seed: int) -> Any:
+    """The same, trained for as many steps in all as the rows that train."""
+    return bench.dense(seed, bench.given.dense_steps + bench.given.steps)
 
 
 def one_shot(bench: Benchmark, size: float, seed: int, **choices: Any) -> Any:
@@ -222,6 +227,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 ROWS = {
     "dense": Row(dense, dense=True),
+    "dense, all steps": Row(dense_longer, dense=True),
     **{name: Row(partial(one_shot, **choices)) for name, choices in METHODS.items()},
     **{f"{name} + training": Row(partial(retrained, **choices)) for name, choices in METHODS.items()},
     "ours, one run": Row(partial(ours, one_run=True)),
