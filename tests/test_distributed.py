@@ -58,19 +58,19 @@ def ends(runs: Path, name: str) -> dict[str, Tensor]:
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Equal within rounding, which Adam and the factorization amplify; statistics of half of the samples are wrong by
-    percents. Of factors it is the product, since a pair of singular vectors may change its sign."""
+    """Equal within rounding; of factors it is the product, since a pair of singular vectors may change its sign, and
+    the factorization amplifies the rounding."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         if ".lora_svd_right." in name:
             continue
         if ".lora_svd_left." in name:
             right = name.replace("_left", "_right")
-            pair = (found[name] @ found[right], tensor @ expected[right])
+            pair, bound = (found[name] @ found[right], tensor @ expected[right]), 5e-4
         else:
-            pair = (found[name], tensor)
+            pair, bound = (found[name], tensor), 1e-4
         assert pair[0].dtype == pair[1].dtype
-        assert relative_error(*(side.double() for side in pair)) < 5e-4, name
+        assert relative_error(*(side.double() for side in pair)) < bound, name
 
 
 @pytest.mark.parametrize(
