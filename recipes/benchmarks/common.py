@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from lora_svd.evaluation import perplexity, token_blocks
+
+CACHE = Path(".cache/benchmarks")
+# how the published factorizations choose ranks and store factors
+PUBLISHED: dict[str, Any] = {"allocation": "uniform", "factor_format": "factors", "rank_multiple": 1}
 
 
 @dataclass
@@ -91,22 +96,23 @@ def windows(tokenizer: Any, texts: Iterable[str], length: int) -> list[dict[str,
     return [{"input_ids": block, "labels": block} for block in blocks]
 
 
-def training_arguments(folder: Path, *, steps: int, batch: int, learning_rate: float, seed: int) -> TrainingArguments:
-    """The settings of every run: AdamW, 5 steps of warm-up, cosine decay, bfloat16 autocast."""
+def training_arguments(
+    folder: Path, *, steps: int, batch: int, learning_rate: float, seed: int, **changes: Any
+) -> TrainingArguments:
+    """The settings of every run: AdamW, 5 steps of warm-up, cosine decay, bfloat16 autocast, but for ``changes``."""
+    schedule: dict[str, Any] = {"lr_scheduler_type": "cosine", "warmup_steps": 5, "bf16": True}
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=batch,
         learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=5,
-        bf16=True,
         use_cpu=not torch.accelerator.is_available(),
         logging_strategy="no",
         disable_tqdm=True,
         save_strategy="no",
         report_to=[],
         seed=seed,
+        **{**schedule, **changes},
     )
 
 
@@ -115,6 +121,11 @@ def train(model: Any, examples: Any, arguments: TrainingArguments, *callbacks: T
     set_seed(arguments.seed)
     Trainer(model=model, args=arguments, train_dataset=examples, callbacks=list(callbacks)).train()
     return model
+
+
+def cache_folder(kind: str, known: list[Any]) -> Path:
+    """Where something is kept that ``known``, plain values, determine."""
+    return CACHE / f"{kind}-{sha256(json.dumps(known).encode()).hexdigest()[:12]}"
 
 
 class Results:

@@ -17,13 +17,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from accuracy import task_accuracies
-from common import PeakMemory, Results, TextArguments, Texts, load, train, training_arguments
+from common import (
+    CACHE,
+    PUBLISHED,
+    PeakMemory,
+    Results,
+    TextArguments,
+    Texts,
+    cache_folder,
+    load,
+    train,
+    training_arguments,
+)
 from lora_prune import lora_prune
 from neuron_selection import select_neurons
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -54,7 +64,6 @@ class Benchmark:
 
     def __init__(self, given: Arguments) -> None:
         self.given, self.results, self.texts = given, Results(Path(given.results)), Texts(given)
-        self.cache = Path(".cache/benchmarks")
         self.observation_seconds = 0.0  # of an observation made earlier that a row uses
 
     def run(self, name: str) -> None:
@@ -86,15 +95,14 @@ class Benchmark:
     def train(self, model: Any, steps: int, seed: int, learning_rate: float | None = None) -> Any:
         """Train a PEFT model in place; a LoraSVD adapter goes through its phases."""
         rate = self.given.learning_rate if learning_rate is None else learning_rate
-        arguments = training_arguments(self.cache, steps=steps, batch=self.given.batch, learning_rate=rate, seed=seed)
+        arguments = training_arguments(CACHE, steps=steps, batch=self.given.batch, learning_rate=rate, seed=seed)
         ours = isinstance(model.peft_config["default"], LoraSVDConfig)
         return train(model, self.texts.examples, arguments, *[LoraSVDCallback()] * ours)
 
     def folder(self, kind: str, **settings: Any) -> Path:
         """Where something is kept that these settings, the model and the training text determine."""
         given = self.given
-        known = [given.model, given.train, given.batch, given.window, settings]
-        return self.cache / f"{kind}-{sha256(json.dumps(known).encode()).hexdigest()[:12]}"
+        return cache_folder(kind, [given.model, given.train, given.batch, given.window, settings])
 
     def observed(self) -> Any:
         """The dense model with an adapter that has seen ``observed_steps`` steps and is still zero."""
@@ -157,7 +165,7 @@ def pruned(bench: Benchmark, size: float, seed: int) -> Any:
     """LoRAPrune: structured pruning by LoRA's sensitivities while it trains."""
     given = bench.given
     arguments = training_arguments(
-        bench.cache, steps=given.steps, batch=given.batch, learning_rate=given.learning_rate, seed=seed
+        CACHE, steps=given.steps, batch=given.batch, learning_rate=given.learning_rate, seed=seed
     )
     return lora_prune(load(given.model), bench.texts.examples, arguments, size)
 
@@ -190,7 +198,6 @@ class Row:
     dense: bool = False
 
 
-PUBLISHED: dict[str, Any] = {"allocation": "uniform", "factor_format": "factors", "rank_multiple": 1}
 BEST: dict[str, Any] = {"observed_tokens": 1.0, "train_factors": True, "distillation": 0.5}
 ROWS = {
     "dense": Row(dense, dense=True),

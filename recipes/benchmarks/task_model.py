@@ -18,12 +18,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import PeakMemory, Results
+from common import CACHE, PUBLISHED, PeakMemory, Results, cache_folder, training_arguments
 from peft import get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
@@ -32,7 +31,6 @@ from transformers import (
     HfArgumentParser,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
     set_seed,
 )
 
@@ -75,7 +73,6 @@ class Benchmark:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(given.model)
         self.train_set, self.test_set = self.read(given.train), self.read(given.test)
         self.labels = len({sample["labels"] for sample in self.train_set})
-        self.cache = Path(".cache/benchmarks")
 
     def read(self, path: str) -> list[dict[str, Any]]:
         """Tokenized lines of a file."""
@@ -111,21 +108,17 @@ class Benchmark:
 
     def trainer(self, model: Any, *, steps: int, rate: float, seed: int) -> Trainer:
         """The Trainer of every run: AdamW, a tenth of warm-up, linear decay."""
-        arguments = TrainingArguments(
-            output_dir=str(self.cache),
-            max_steps=steps,
-            per_device_train_batch_size=self.given.batch,
-            per_device_eval_batch_size=self.given.batch,
+        arguments = training_arguments(
+            CACHE,
+            steps=steps,
+            batch=self.given.batch,
             learning_rate=rate,
+            seed=seed,
+            per_device_eval_batch_size=self.given.batch,
+            lr_scheduler_type="linear",
             warmup_steps=max(1, steps // 10),
             train_sampling_strategy="group_by_length",
             bf16=self.given.bf16,
-            use_cpu=not torch.accelerator.is_available(),
-            logging_strategy="no",
-            disable_tqdm=True,
-            save_strategy="no",
-            report_to=[],
-            seed=seed,
         )
         callbacks: list[TrainerCallback] = [LoraSVDCallback()] if hasattr(model, "peft_config") else []
         return Trainer(
@@ -152,8 +145,7 @@ class Benchmark:
         """The dense model, trained on the task, for ``dense_steps`` if nothing is said, once for a seed."""
         given, steps = self.given, steps or self.given.dense_steps
         known = [given.model, given.train, steps, given.batch, given.max_length, given.learning_rate]
-        known += [given.bf16, seed]
-        folder = self.cache / f"task-{sha256(json.dumps(known).encode()).hexdigest()[:12]}"
+        folder = cache_folder("task", [*known, given.bf16, seed])
         if not folder.exists():
             set_seed(seed)  # the head is random
             model = self.train(self.encoder(), steps=steps, rate=given.learning_rate, seed=seed)
@@ -217,7 +209,6 @@ class Row:
     dense: bool = False
 
 
-PUBLISHED: dict[str, Any] = {"allocation": "uniform", "factor_format": "factors", "rank_multiple": 1}
 METHODS: dict[str, dict[str, Any]] = {
     "svd": {"importance": "none", **PUBLISHED},
     "fwsvd": {"importance": "fisher", **PUBLISHED},
