@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 from common import CACHE, PUBLISHED, PeakMemory, Results, cache_folder, training_arguments
+from kngpt2 import kronecker_products, taught_by
+from lpaf import prune, train_mixed, unwrap, wrap
 from peft import get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
@@ -158,6 +160,11 @@ class Benchmark:
         model = self.adapted(self.dense(seed), param_ratio=0.99, warmup=steps, **choices)
         return self.train(model, steps=steps, rate=0.0, seed=seed)
 
+    def block_linears(self, model: torch.nn.Module) -> list[str]:
+        """Names of the linear layers that are cut."""
+        named = ((name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+        return [name for name, _ in named if not any(whole in name for whole in self.given.whole)]
+
     def adapted(self, model: Any, **choices: Any) -> Any:
         """A model with a LoraSVD adapter in its blocks, and all that is beside them trained."""
         fixed = {"task_type": "SEQ_CLS", "modules_to_save": self.given.whole, "observed_tokens": 1.0}
@@ -186,6 +193,28 @@ def retrained(bench: Benchmark, size: float, seed: int, **choices: Any) -> Any:
     model = one_shot(bench, size, seed, **choices)
     steps = bench.given.steps - bench.given.observed_steps
     return bench.train(model, steps=steps, rate=bench.given.learning_rate, seed=seed)
+
+
+def kngpt2(bench: Benchmark, size: float, seed: int, *, trained: bool) -> Any:
+    """One Kronecker product a weight, without training or taught by the dense model."""
+    given, model = bench.given, bench.dense(seed)
+    model = kronecker_products(model, bench.block_linears(model), size)
+    if trained:
+        with taught_by(bench.dense(seed), model):
+            bench.train(model, steps=given.steps, rate=given.learning_rate, seed=seed)
+    return model
+
+
+def lpaf(bench: Benchmark, size: float, seed: int, *, trained: bool) -> Any:
+    """Pruned and factorized, without training (as many steps are observed as elsewhere) or with, half of it pruning."""
+    given, model = bench.given, bench.dense(seed)
+    layers = wrap(model, bench.block_linears(model))
+    pruning, rate = (given.steps // 2, given.learning_rate) if trained else (given.observed_steps, 0.0)
+    set_seed(seed)
+    prune(layers, bench.trainer(model, steps=pruning, rate=rate, seed=seed), size)
+    if trained:
+        train_mixed(layers, bench.trainer(model, steps=given.steps - pruning, rate=rate, seed=seed))
+    return unwrap(model)
 
 
 def ours(bench: Benchmark, size: float, seed: int, *, one_run: bool = False, **choices: Any) -> Any:
@@ -221,6 +250,10 @@ ROWS = {
     "dense, all steps": Row(dense_longer, dense=True),
     **{name: Row(partial(one_shot, **choices)) for name, choices in METHODS.items()},
     **{f"{name} + training": Row(partial(retrained, **choices)) for name, choices in METHODS.items()},
+    "kngpt2": Row(partial(kngpt2, trained=False)),
+    "kngpt2 + training": Row(partial(kngpt2, trained=True)),
+    "lpaf": Row(partial(lpaf, trained=False)),
+    "lpaf + training": Row(partial(lpaf, trained=True)),
     "ours, one run": Row(partial(ours, one_run=True)),
     "ours, distilled": Row(partial(ours, distillation=0.5)),
 }

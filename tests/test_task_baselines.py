@@ -1,0 +1,182 @@
+"""The published baselines of the task-model benchmark: formulas against slow references, sizes, and schedules."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from kngpt2 import kronecker_products, nearest_product, taught_by
+from lpaf import MixedRankLinear, Mixing, Pruning, consistent, unwrap, wrap
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
+
+from lora_svd.compact import parameter_report
+
+IDS, LABELS = torch.arange(3, 27).view(4, 6), torch.tensor([0, 1, 1, 0])
+
+
+def tiny(**changes: Any) -> tuple[Any, list[str]]:
+    """A BERT of two blocks, and the names of its twelve linear layers."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    model = BertForSequenceClassification(BertConfig(vocab_size=64, initializer_range=0.3, **sizes, **changes))
+    named = model.bert.encoder.named_modules(prefix="bert.encoder")
+    return model, [name for name, module in named if isinstance(module, nn.Linear)]
+
+
+def kept_share(model: nn.Module, dense: nn.Module, names: list[str]) -> float:
+    targeted = sum(dense.get_submodule(name).weight.numel() for name in names)  # pyright: ignore
+    cut = parameter_report(dense).parameters - parameter_report(model).parameters
+    return 1 - cut / targeted
+
+
+# -- LPAF --------------------------------------------------------------------------------------------------------------
+
+
+def pruned_linear() -> tuple[MixedRankLinear, Tensor]:
+    """A layer with every third weight pruned, and an input."""
+    layer = MixedRankLinear(nn.Linear(6, 4))
+    layer.mask.view(-1)[::3] = False
+    return layer, torch.randn(5, 6)
+
+
+def test_lpaf_scores_every_weight_by_the_gradient_of_the_pruned_one() -> None:
+    layer, x = pruned_linear()
+    weight = layer.linear.weight.detach()
+    for _ in range(2):  # the score is a sum
+        layer(x).square().sum().backward()
+    y = x @ (layer.mask * weight).T + layer.linear.bias.detach()
+    torch.testing.assert_close(layer.score, -2 * (2 * y.T @ x) * weight)
+    assert bool((layer.score[~layer.mask] != 0).all())
+    trained = layer.linear.weight.grad
+    assert trained is not None
+    assert not bool(trained[~layer.mask].any())
+
+
+def test_lpaf_keeps_the_highest_scores_and_brings_weights_back() -> None:
+    layer, _ = pruned_linear()
+    layer.score = torch.randn(4, 6)
+    layer.prune(0.25)
+    assert int(layer.mask.sum()) == 6
+    assert layer.score[layer.mask].min() > layer.score[~layer.mask].max()
+    layer.score.neg_()
+    layer.prune(0.5)
+    assert layer.score[layer.mask].min() > layer.score[~layer.mask].max()
+
+
+def test_lpaf_prunes_on_a_cubic_to_the_density() -> None:
+    layer, _ = pruned_linear()
+    layer.score = torch.randn(4, 6)
+    callback, kept = Pruning([layer], 0.25), []
+    for step in range(20):
+        callback.on_pre_optimizer_step(None, SimpleNamespace(global_step=step, max_steps=20), None)
+        kept.append(int(layer.mask.sum()))
+    assert kept == [round(24 * (0.25 + 0.75 * (1 - min(1, max(0, step - 2) / 16)) ** 3)) for step in range(20)]
+
+
+def test_lpaf_factors_are_the_nearest_with_rows_weighed_by_what_they_have_left() -> None:
+    layer, x = pruned_linear()
+    layer.mask[0] = False
+    layer.mask[0, 1] = True
+    layer.factorize(2)
+    pruned = (layer.mask * layer.linear.weight).detach().double()
+    root = layer.mask.sum(1).double().sqrt()[:, None]
+    U, S, Vh = torch.linalg.svd(root * pruned)
+    best = (U[:, :2] * S[:2]) @ Vh[:2] / root
+    layer.eval()
+    torch.testing.assert_close(layer(x), x @ best.float().T + layer.linear.bias, atol=1e-5, rtol=1e-5)
+    layer.train()
+    layer.mixing = 1.0
+    torch.testing.assert_close(layer(x), x @ pruned.float().T + layer.linear.bias)
+
+
+def test_lpaf_mixes_less_and_less() -> None:
+    layer, _ = pruned_linear()
+    callback, chances = Mixing([layer], 0.5), []
+    for step in range(5):
+        callback.on_step_begin(None, SimpleNamespace(global_step=step, max_steps=5), None)
+        chances.append(layer.mixing)
+    assert chances == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1])
+
+
+def test_lpaf_adds_the_divergence_of_two_passes() -> None:
+    model, _ = tiny()
+    with consistent(model.eval(), 3.0):  # without chance both passes are the same
+        loss = model(input_ids=IDS, labels=LABELS).loss
+    torch.testing.assert_close(loss, model(input_ids=IDS, labels=LABELS).loss)
+    with consistent(model.train(), 3.0):
+        torch.manual_seed(1)
+        loss = model(input_ids=IDS, labels=LABELS).loss
+    torch.manual_seed(1)
+    first, second = (model(input_ids=IDS, labels=LABELS) for _ in range(2))
+    p, q = first.logits.double().softmax(-1), second.logits.double().softmax(-1)
+    divergence = ((p * (p / q).log()).sum() + (q * (q / p).log()).sum()) / (2 * len(p))
+    assert float(divergence.detach()) > 1e-4
+    expected = (first.loss + second.loss).double() / 2 + 3 * divergence
+    torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_lpaf_leaves_factors_of_the_size() -> None:
+    model, names = tiny()
+    dense = copy.deepcopy(model)
+    for layer in wrap(model, names):
+        layer.factorize(4)
+    assert kept_share(unwrap(model), dense, names) == pytest.approx((8 * 4 * 48 + 4 * 4 * 72) / (12 * 576 + 4 * 576))
+    model(input_ids=IDS, labels=LABELS).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+# -- KnGPT2 ------------------------------------------------------------------------------------------------------------
+
+
+def test_kngpt2_finds_a_product_again() -> None:
+    weight = torch.kron(torch.randn(2, 3), torch.randn(6, 8)).double()
+    found = nearest_product(weight, 54.5 / weight.numel())
+    assert found.split is not None
+    torch.testing.assert_close(found.product(), weight)
+    assert found.left.numel() + found.right.numel() == 6 + 48
+
+
+def test_kngpt2_takes_the_largest_product_within_the_size() -> None:
+    weight = torch.randn(12, 24).double()
+    sizes = {ratio: nearest_product(weight, ratio) for ratio in (0.12, 0.35, 0.6)}
+    assert {ratio: found.left.numel() + found.right.numel() for ratio, found in sizes.items()} == {
+        0.12: 34,
+        0.35: 96 + 3,
+        0.6: 144 + 2,
+    }
+    with pytest.raises(ValueError, match=r"param_ratio: 0\.1 is too small for one product .*, expected .* 0\.118"):
+        nearest_product(weight, 0.1)
+
+
+@pytest.mark.parametrize("size", [0.3, 0.6])
+def test_kngpt2_keeps_dense_what_it_can(size: float) -> None:
+    model, names = tiny()
+    dense = copy.deepcopy(model)
+    share = kept_share(kronecker_products(model, names, size), dense, names)
+    smallest_layer = 576 / (12 * 576 + 4 * 576)
+    assert size - smallest_layer < share <= size
+    model(input_ids=IDS, labels=LABELS).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_kngpt2_learns_from_predictions_and_hidden_states() -> None:
+    model, _ = tiny()
+    teacher, _ = tiny()
+    model.eval()
+    with taught_by(copy.deepcopy(model), model):
+        same = model(input_ids=IDS, labels=LABELS).loss
+    seen = model(input_ids=IDS, labels=LABELS, output_hidden_states=True)
+    torch.testing.assert_close(same, seen.loss)
+    with taught_by(teacher, model):
+        loss = model(input_ids=IDS, labels=LABELS).loss
+    with torch.no_grad():
+        taught = teacher(input_ids=IDS, output_hidden_states=True)
+    t, s = taught.logits.double().softmax(-1), seen.logits.double().softmax(-1)
+    distance = (t * (t / s).log()).sum() / len(t)
+    states = zip(seen.hidden_states, taught.hidden_states, strict=True)
+    distance = distance + sum((a - b).double().square().mean() for a, b in states)
+    torch.testing.assert_close(loss.double(), seen.loss.double() + distance, atol=1e-5, rtol=1e-5)
+    assert model(input_ids=IDS).hidden_states is None
