@@ -98,7 +98,7 @@ def _encoder_decoder(kind: type[tf.PreTrainedConfig], **fixed: Any) -> Callable[
 
 
 def _bert(**changes: Any) -> tf.BertConfig:
-    return tf.BertConfig(**SIZES, max_position_embeddings=32, num_labels=LABELS, **changes)
+    return tf.BertConfig(**{**SIZES, **changes}, max_position_embeddings=32, num_labels=LABELS)
 
 
 def _deberta(**changes: Any) -> tf.DebertaV2Config:

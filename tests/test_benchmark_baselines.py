@@ -10,11 +10,12 @@ import lora_prune as lp
 import neuron_selection as ns
 import pytest
 import torch
-from models import LLAMA, logits
+from models import ARCHITECTURES, LLAMA, assert_plain, logits, tensors
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
+from lora_svd.compact import parameter_report
 from lora_svd.errors import NumericalError
 
 HIDDEN, WIDTH, HEADS, GROUPS, DIM, LAYERS = 48, 64, 6, 3, 8, 3
@@ -29,8 +30,19 @@ def tiny(**changes: Any) -> Any:
     return LLAMA.build(**sizes, **heads, **changes)
 
 
+def tiny_bert() -> Any:
+    """The same sizes, every head with a key and a value of its own."""
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": WIDTH, "num_hidden_layers": LAYERS}
+    return ARCHITECTURES["bert"].build(**sizes, num_attention_heads=HEADS, initializer_range=0.2)
+
+
 def kept_parameters(model: Any) -> int:
-    return sum(linear.weight.numel() for linear in ns.linears(model))
+    """Weights of the linear layers of the blocks: ``layers`` of Llama, ``layer`` of BERT."""
+    return sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".layer" in name
+    )
 
 
 @torch.no_grad()
@@ -247,24 +259,27 @@ class TestNeuronSelectionFormulas:
 # -- LoRAPrune ---------------------------------------------------------------------------------------------------------
 
 
-def tuned_model(param_ratio: float = 0.6, **changes: Any) -> tuple[Any, list[lp.Structures]]:
+BUILD = {"llama": tiny, "bert": tiny_bert}
+
+
+def tuned_model(name: str = "llama", param_ratio: float = 0.6, **changes: Any) -> tuple[Any, list[lp.Structures]]:
     """A model with a LoRA of random factors and the gradients of one batch, and its structures."""
-    model = tiny(**changes)
-    kept = lp.kept_structures(model, param_ratio)
-    tuned = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=[*lp.ATTENTION, *lp.MLP]))
-    for name, parameter in tuned.named_parameters():
-        if "lora_B" in name:
+    model = BUILD[name](**changes)
+    kept, kind = lp.kept_structures(model, param_ratio), lp.architecture_of(model)
+    tuned = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=[*kind.attention, *kind.mlp]))
+    for parameter_name, parameter in tuned.named_parameters():
+        if "lora_B" in parameter_name:
             nn.init.normal_(parameter, std=0.1)
-    tuned(**LLAMA.inputs()).loss.backward()
+    tuned(**ARCHITECTURES[name].inputs()).loss.backward()
     return tuned, lp.find_structures(model, kept)
 
 
-def train(model: Any, folder: Path, param_ratio: float, steps: int, **changes: Any) -> Any:
+def train(model: Any, folder: Path, param_ratio: float, steps: int, *, data: Any = None, **changes: Any) -> Any:
     quiet = {"use_cpu": True, "disable_tqdm": True, "report_to": [], "save_strategy": "no", "logging_strategy": "no"}
     arguments = TrainingArguments(
         str(folder), max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-2, **quiet
     )
-    return lp.lora_prune(model, LLAMA.data(), arguments, param_ratio, r=4, **changes)
+    return lp.lora_prune(model, data or LLAMA.data(), arguments, param_ratio, r=4, **changes)
 
 
 def dense_sensitivity(layer: Any, power: int) -> Tensor:
@@ -280,7 +295,7 @@ class TestLoraPruneFormulas:
     @pytest.mark.parametrize("power", [1, 2])
     def test_sensitivity_is_the_formula(self, power):
         _, structures = tuned_model()
-        layer = structures[0].module.k_proj
+        layer = structures[0].block.self_attn.k_proj
         found = lp.sensitivity(layer, power)
         torch.testing.assert_close(found.double(), dense_sensitivity(layer, power), rtol=1e-4, atol=1e-9)
 
@@ -289,7 +304,7 @@ class TestLoraPruneFormulas:
         attention, mlp = structures[:2]
         expected = torch.zeros(GROUPS, dtype=torch.float64)
         for name, heads in (("q_proj", 2), ("k_proj", 1), ("v_proj", 1), ("o_proj", 2)):
-            dense = dense_sensitivity(getattr(attention.module, name), 1)
+            dense = dense_sensitivity(getattr(attention.block.self_attn, name), 1)
             dense = dense.T if name == "o_proj" else dense
             sums = torch.stack([dense[g * heads * DIM : (g + 1) * heads * DIM].sum() for g in range(GROUPS)])
             expected += sums / sums.norm()
@@ -299,15 +314,30 @@ class TestLoraPruneFormulas:
         torch.testing.assert_close(attention.importance.double(), 0.19 * expected, rtol=1e-4, atol=1e-7)
         neurons = torch.zeros(WIDTH, dtype=torch.float64)
         for name, dim in (("gate_proj", 1), ("up_proj", 1), ("down_proj", 0)):
-            sums = dense_sensitivity(getattr(mlp.module, name), 1).sum(dim)
+            sums = dense_sensitivity(getattr(mlp.block.mlp, name), 1).sum(dim)
             neurons += sums / sums.norm()
         mlp.observe(1)
         torch.testing.assert_close(mlp.importance.double(), 0.1 * neurons, rtol=1e-4, atol=1e-7)
 
+    def test_importance_in_bert_is_of_heads_and_of_neurons_without_a_gate(self):
+        _, structures = tuned_model("bert")
+        attention, mlp = structures[:2]
+        block: Any = attention.block
+        own = block.attention.self
+        for part, rows, reader, size in (
+            (attention, [own.query, own.key, own.value], block.attention.output.dense, DIM),
+            (mlp, [block.intermediate.dense], block.output.dense, 1),
+        ):
+            dense = [dense_sensitivity(layer, 1) for layer in rows] + [dense_sensitivity(reader, 1).T]
+            sums = [torch.stack([run.sum() for run in entries.split(size)]) for entries in dense]
+            expected = sum(values / values.norm() for values in sums)
+            part.observe(1)
+            torch.testing.assert_close(part.importance.double(), 0.1 * expected, rtol=1e-4, atol=1e-7)
+
     def test_gradients_that_are_not_finite_are_an_error(self):
         _, structures = tuned_model()
-        structures[1].module.up_proj.lora_B["default"].weight.grad[3, 1] = torch.nan
-        with pytest.raises(NumericalError, match="gate_proj, up_proj, down_proj are not finite"):
+        structures[1].block.mlp.up_proj.lora_B["default"].weight.grad[3, 1] = torch.nan
+        with pytest.raises(NumericalError, match=r"mlp.gate_proj, mlp.up_proj, mlp.down_proj are not finite"):
             structures[1].observe(1)
 
     def test_schedule(self):
@@ -340,23 +370,47 @@ class TestLoraPruneFormulas:
         with pytest.raises(ValueError, match="beside 1 of 3 key-value heads"):
             lp.kept_structures(model, 0.05)
 
+    def test_sizes_of_minilm(self):
+        config = BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12)
+        with torch.device("meta"):
+            model = BertForSequenceClassification(config)
+        attention, mlp = 589_824, 1_179_648
+        for ratio, heads, whole in ((0.6, 6, 1), (0.33, 2, 1), (0.16, 2, 0), (0.1, 1, 0)):
+            kept = lp.kept_structures(model, ratio)
+            assert [sizes.groups for sizes in kept] == [heads] * (6 - whole) + [12] * whole
+            assert [sizes.neurons == 1536 for sizes in kept] == [False] * (6 - whole) + [True] * whole
+            used = sum(sizes.groups * attention // 12 + sizes.neurons * mlp // 1536 for sizes in kept)
+            budget = ratio * 6 * (attention + mlp)
+            assert budget - 2 * 384 < used <= budget + 1e-6
+        assert lp.kept_structures(model, 1.0) == [lp.Kept(1536, 12)] * 6
+        with pytest.raises(ValueError, match="beside 1 of 12 key-value heads"):
+            lp.kept_structures(model, 0.02)
+
+    def test_other_models_are_refused(self):
+        with pytest.raises(ValueError, match="got GPT2LMHeadModel, expected one of LlamaForCausalLM, Bert"):
+            lp.kept_structures(ARCHITECTURES["gpt2"].build(), 0.5)
+
 
 class TestLoraPrune:
-    @pytest.mark.parametrize("bias", [False, True])
-    def test_cut_model_answers_as_the_masked_one(self, bias):
-        tuned, structures = tuned_model(attention_bias=bias, mlp_bias=bias)
-        if bias:
-            for name, parameter in tuned.named_parameters():
-                if name.endswith("bias"):
-                    nn.init.normal_(parameter)
-        whole = logits(tuned)
+    @pytest.mark.parametrize(
+        ("name", "changes"),
+        [("llama", {}), ("llama", {"attention_bias": True, "mlp_bias": True}), ("bert", {})],
+        ids=["llama", "llama with biases", "bert"],
+    )
+    def test_cut_model_answers_as_the_masked_one(self, name, changes):
+        kind = ARCHITECTURES[name]
+        tuned, structures = tuned_model(name, **changes)
+        for parameter_name, parameter in tuned.named_parameters():
+            if parameter_name.endswith("bias"):
+                nn.init.normal_(parameter)
+        whole = logits(tuned, kind)
         for part in structures:
             part.observe(1)
             part.prune(part.target)
         with lp.masked_inputs(structures):
-            masked = logits(tuned)
-        assert torch.equal(logits(tuned), whole)  # the hooks are gone
-        cut = logits(lp.merge_and_cut(tuned, structures))
+            masked = logits(tuned, kind)
+        assert torch.equal(logits(tuned, kind), whole)  # the hooks are gone
+        cut = logits(lp.merge_and_cut(tuned, structures), kind)
         assert (masked - whole).abs().max() > 0.1
         torch.testing.assert_close(cut, masked, rtol=1e-4, atol=1e-4)
 
@@ -374,13 +428,43 @@ class TestLoraPrune:
         assert torch.isfinite(logits(pruned)).all()
         assert_ordinary(pruned)
 
+    @pytest.mark.parametrize("param_ratio", [0.8, 0.6, 0.16])
+    def test_end_to_end_with_a_classifier(self, param_ratio, tmp_path):
+        model, before = tiny_bert(), tensors(tiny_bert())
+        budget, size = param_ratio * kept_parameters(model), parameter_report(model).parameters
+        beside = ["embeddings", "LayerNorm", "pooler", "classifier"]
+        pruned = train(
+            model,
+            tmp_path,
+            param_ratio,
+            steps=6,
+            prune_every=2,
+            data=ARCHITECTURES["bert"].data(),
+            bias="all",
+            modules_to_save=beside,
+        )
+        kept = kept_parameters(pruned)
+        assert budget - 2 * HIDDEN < kept <= budget
+        assert_plain(pruned)
+        first = pruned.bert.encoder.layer[0]
+        heads = first.attention.self.key.out_features // DIM
+        assert heads == {0.8: 4, 0.6: 2, 0.16: 1}[param_ratio]
+        biases = sum(
+            3 * (HIDDEN - layer.attention.self.key.out_features) + WIDTH - layer.intermediate.dense.out_features
+            for layer in pruned.bert.encoder.layer
+        )
+        assert parameter_report(pruned).parameters == size - (kept_parameters(tiny_bert()) - kept) - biases
+        same = [name for name, tensor in tensors(pruned).items() if torch.equal(tensor, before[name])]
+        assert not [name for name in same if any(part in name for part in beside) or name.endswith("bias")]
+        assert torch.isfinite(logits(pruned, ARCHITECTURES["bert"])).all()
+
     def test_what_is_pruned_stays_so_and_the_number_falls(self, tmp_path, monkeypatch):
         model, masks = tiny(), []
         prune = lp.Structures.prune
 
         def record(part: lp.Structures, count: int) -> None:
             prune(part, count)
-            if part.module is model.model.layers[0].mlp:
+            if part.block is model.model.layers[0] and "mlp.up_proj" in part.cuts:
                 masks.append(part.mask.clone())
 
         monkeypatch.setattr(lp.Structures, "prune", record)

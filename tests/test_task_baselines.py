@@ -69,11 +69,15 @@ def test_lpaf_keeps_the_highest_scores_and_brings_weights_back() -> None:
 def test_lpaf_prunes_on_a_cubic_to_the_density() -> None:
     layer, _ = pruned_linear()
     layer.score = torch.randn(4, 6)
-    callback, kept = Pruning([layer], 0.25), []
-    for step in range(20):
-        callback.on_pre_optimizer_step(None, SimpleNamespace(global_step=step, max_steps=20), None)
-        kept.append(int(layer.mask.sum()))
-    assert kept == [round(24 * (0.25 + 0.75 * (1 - min(1, max(0, step - 2) / 16)) ** 3)) for step in range(20)]
+    callback, kept = Pruning([layer], 0.25), {}
+    for step in range(100):
+        callback.on_pre_optimizer_step(None, SimpleNamespace(global_step=step, max_steps=100), None)
+        kept[step] = int(layer.mask.sum())
+    steps = [*range(10, 100, 10), 99]
+    assert [kept[step] for step in steps] == [
+        round(24 * (0.25 + 0.75 * (1 - min(1, (step - 10) / 80)) ** 3)) for step in steps
+    ]
+    assert kept[39] == kept[30] > kept[40]
 
 
 def test_lpaf_factors_are_the_nearest_with_rows_weighed_by_what_they_have_left() -> None:

@@ -59,7 +59,7 @@ def save_tiny_lm(folder: Path, positions: int = POSITIONS, *, hidden: int = 32, 
 def save_tiny_task(folder: Path) -> None:
     """Save a random ``encoder`` and, as train.jsonl and dev.jsonl, sentences whose first word decides on the label."""
     save_tiny_lm(folder / "encoder")  # for its tokenizer
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
     BertForSequenceClassification(BertConfig(vocab_size=63, **sizes)).save_pretrained(folder / "encoder")
     for seed, name in enumerate(("train", "dev")):
         sentences = make_text(64 * 6, seed=seed).split()

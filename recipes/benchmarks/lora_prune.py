@@ -1,8 +1,9 @@
 """LoRAPrune (Zhang et al., Findings of ACL 2024): structures are pruned while a LoRA learns, by the LoRA's gradients.
 
-For Llama models of transformers, grouped-query attention included. A structure is a neuron of the MLP (its rows of
-gate and up, its column of down) or a key-value head with all its query heads (rows of q, k and v, columns of o). Before
-every optimizer step, with the gradients dA and dB of ``W + s B A``:
+For Llama causal models of transformers, grouped-query attention included, and for BERT with a classification head. A
+structure is a neuron of the MLP (its rows of gate and up, its column of down; BERT has no gate) or a key-value head
+with all its query heads, in BERT one (rows of q, k and v, columns of o). Before every optimizer step, with the
+gradients dA and dB of ``W + s B A``:
 
     J = |(dB A + B dA - dB dA) * (W + s B A)|            elementwise, one linear layer at a time
     I <- 0.9 I + 0.1 sum over a module's layers of S / |S|_2      S: sums of J over the entries of each structure
@@ -27,16 +28,51 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from neuron_selection import budget_of, linears, resize, spread
+from neuron_selection import budget_of, resize, spread
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_svd.errors import NumericalError
 
-ATTENTION = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1}  # layer: the dimension of its weight that is cut
-MLP = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
 DECAY = 0.9
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What there is to prune in a model whose config has its neurons as ``intermediate_size``."""
+
+    task_type: str  # of PEFT
+    blocks: str  # name of their list
+    heads: str  # field of the config: the number of key-value heads
+    attention: dict[str, int]  # linear layer of a block -> the dimension of its weight that is cut
+    mlp: dict[str, int]
+
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": Architecture(
+        task_type="CAUSAL_LM",
+        blocks="model.layers",
+        heads="num_key_value_heads",
+        attention={"self_attn.q_proj": 0, "self_attn.k_proj": 0, "self_attn.v_proj": 0, "self_attn.o_proj": 1},
+        mlp={"mlp.gate_proj": 0, "mlp.up_proj": 0, "mlp.down_proj": 1},
+    ),
+    "BertForSequenceClassification": Architecture(
+        task_type="SEQ_CLS",
+        blocks="bert.encoder.layer",
+        heads="num_attention_heads",
+        attention={f"attention.self.{name}": 0 for name in ("query", "key", "value")} | {"attention.output.dense": 1},
+        mlp={"intermediate.dense": 0, "output.dense": 1},
+    ),
+}
+
+
+def architecture_of(model: Any) -> Architecture:
+    """The entry of the model's class."""
+    name = type(model).__name__
+    if name not in ARCHITECTURES:
+        raise ValueError(f"model: got {name}, expected one of {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name]
 
 
 def lora_prune(
@@ -45,47 +81,46 @@ def lora_prune(
     arguments: TrainingArguments,
     param_ratio: float,
     *,
-    r: int = 16,
-    lora_alpha: int = 16,
-    lora_dropout: float = 0.05,
     prune_every: int = 10,
     warmup: float = 0.1,
     cooldown: float = 0.1,
     power: int = 1,
     kv_heads: int | None = None,
+    data_collator: Any = None,
+    **lora: Any,
 ) -> nn.Module:
-    """Train and prune a Llama causal language model, and return the plain pruned model. Its config names the old sizes.
+    """Train and prune a model of ``ARCHITECTURES``, and return the plain pruned one. Its config names the old sizes.
 
     Args:
         model: is changed; use the returned one.
-        dataset, arguments: of the ``Trainer``.
+        dataset, arguments, data_collator: of the ``Trainer``.
         param_ratio: kept / original parameters over the linear layers of all blocks; met to within one neuron, from
             below.
-        r, lora_alpha, lora_dropout: of the LoRA on all linear layers of the blocks.
         prune_every: steps between two prunings; the target is reached in any case when the cool-down begins.
         warmup, cooldown: shares of the run before the first and after the last pruning.
         power: of the sensitivities: 1 in the authors' code, 2 in the paper.
         kv_heads: key-value heads that a pruned block keeps, the neurons bear the rest. None: the share that the block
             keeps, rounded, as the authors prune heads and neurons alike.
+        lora: of the ``LoraConfig`` for all linear layers of the blocks, beside r and lora_alpha 16, lora_dropout 0.05.
 
     Raises:
-        ValueError: the budget leaves no neurons, or more than there are.
+        ValueError: the model is of another class, or the budget leaves no neurons, or more than there are.
         NumericalError: a gradient is not finite.
     """
-    use_cache = model.config.use_cache
+    kind, use_cache = architecture_of(model), model.config.use_cache
     kept = kept_structures(model, param_ratio, kv_heads)
     config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=r,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        target_modules=[*ATTENTION, *MLP],
+        task_type=kind.task_type,
+        target_modules=[*kind.attention, *kind.mlp],
+        **{"r": 16, "lora_alpha": 16, "lora_dropout": 0.05, **lora},
     )
     tuned = get_peft_model(model, config)
     structures = find_structures(model, kept)
     pruning = Pruning(structures, prune_every=prune_every, warmup=warmup, cooldown=cooldown, power=power)
     with masked_inputs(structures):
-        Trainer(model=tuned, args=arguments, train_dataset=dataset, callbacks=[pruning]).train()
+        Trainer(
+            model=tuned, args=arguments, data_collator=data_collator, train_dataset=dataset, callbacks=[pruning]
+        ).train()
     pruned = merge_and_cut(tuned, structures)
     pruned.config.use_cache = use_cache  # Trainer turns it off
     return pruned.eval()
@@ -105,19 +140,20 @@ class Kept:
 def kept_structures(model: Any, param_ratio: float, kv_heads: int | None = None) -> list[Kept]:
     """What each block keeps: the same number of key-value heads in all pruned ones, at least 1, and the neurons that
     make up the budget."""
-    blocks = list(model.model.layers)
-    attention, mlp = blocks[0].self_attn, blocks[0].mlp
-    num_groups, width = attention.k_proj.out_features // attention.head_dim, mlp.gate_proj.out_features
+    kind = architecture_of(model)
+    blocks = model.get_submodule(kind.blocks)
+    num_groups, width = getattr(model.config, kind.heads), model.config.intermediate_size
+    attention_size, mlp_size = (
+        sum(blocks[0].get_submodule(name).weight.numel() for name in cuts) for cuts in (kind.attention, kind.mlp)
+    )
     whole = set(range(len(blocks) // 10)) | {len(blocks) - 1}
     share = (param_ratio * len(blocks) - len(whole)) / max(1, len(blocks) - len(whole))
     if share < param_ratio / 2:
         whole, share = set(), param_ratio
     num_pruned = len(blocks) - len(whole)
-    block_size = sum(linear.weight.numel() for linear in linears(model)) // len(blocks)
-    group_size = sum(attention.get_submodule(name).weight.numel() for name in ATTENTION) // num_groups
-    available = budget_of(model, param_ratio) - len(whole) * block_size
+    available = budget_of(blocks, param_ratio) - len(whole) * (attention_size + mlp_size)
     groups = kv_heads or max(1, round(num_groups * share))
-    total = (available - num_pruned * groups * group_size) // (3 * mlp.gate_proj.in_features)
+    total = (available - num_pruned * groups * attention_size // num_groups) // (mlp_size // width)
     if not num_pruned <= total <= num_pruned * width:
         raise ValueError(
             f"param_ratio: {param_ratio} leaves {total / num_pruned:.1f} neurons in a pruned block beside {groups} of "
@@ -140,17 +176,17 @@ def removed_share(step: int, total_steps: int, warmup: float, cooldown: float) -
 
 @dataclass
 class Structures:
-    """The structures of one attention or MLP module: equal runs of rows, or of columns, of its linear layers.
+    """The structures of a block's attention or MLP: equal runs of rows, or of columns, of its linear layers.
 
     Attributes:
-        module: LlamaAttention or LlamaMLP.
+        block: has the linear layers.
         cuts: name of a linear layer -> the dimension of its weight that structures divide.
         target: structures to keep.
         mask: (structures,) bool, what is kept so far.
         importance: (structures,).
     """
 
-    module: nn.Module
+    block: nn.Module
     cuts: dict[str, int]
     target: int
     mask: Tensor
@@ -163,7 +199,7 @@ class Structures:
         """Update the importance by the gradients that the LoRA now has."""
         total = torch.zeros_like(self.importance)
         for name, dim in self.cuts.items():
-            sums = sensitivity(self.module.get_submodule(name), power).sum(1 - dim)
+            sums = sensitivity(self.block.get_submodule(name), power).sum(1 - dim)
             sums = sums.unflatten(0, (len(self.mask), -1)).sum(1)
             total += sums / (sums.norm() + 1e-8)
         if not torch.isfinite(total).all():
@@ -184,7 +220,7 @@ class Structures:
         """Remove what is masked from the weights, once the LoRA is merged."""
         kept = self.mask.nonzero().flatten()
         for name, dim in self.cuts.items():
-            linear: Any = self.module.get_submodule(name)
+            linear: Any = self.block.get_submodule(name)
             weight = linear.weight.detach().unflatten(dim, (len(self.mask), -1))
             resize(linear, weight.index_select(dim, kept).flatten(dim, dim + 1))
             if linear.bias is not None and dim == 0:
@@ -204,18 +240,16 @@ def sensitivity(layer: Any, power: int = 1) -> Tensor:
 
 
 def find_structures(model: Any, kept: list[Kept]) -> list[Structures]:
-    """The structures of all modules that are to lose some. model: its linear layers may be wrapped by PEFT."""
-    found = []
-    for block, sizes in zip(model.model.layers, kept, strict=True):
-        device = block.mlp.gate_proj.weight.device
-        num_groups = block.self_attn.k_proj.out_features // block.self_attn.head_dim
-        for module, cuts, count, target in (
-            (block.self_attn, ATTENTION, num_groups, sizes.groups),
-            (block.mlp, MLP, block.mlp.gate_proj.out_features, sizes.neurons),
+    """The structures of all blocks that are to lose some. model: its linear layers may be wrapped by PEFT."""
+    kind, found = architecture_of(model), []
+    for block, sizes in zip(model.get_submodule(kind.blocks), kept, strict=True):
+        for cuts, count, target in (
+            (kind.attention, getattr(model.config, kind.heads), sizes.groups),
+            (kind.mlp, model.config.intermediate_size, sizes.neurons),
         ):
             if target < count:
-                mask = torch.ones(count, dtype=torch.bool, device=device)
-                found.append(Structures(module, cuts, target, mask))
+                mask = torch.ones(count, dtype=torch.bool, device=next(block.parameters()).device)
+                found.append(Structures(block, cuts, target, mask))
     return found
 
 
@@ -224,7 +258,7 @@ def masked_inputs(structures: list[Structures]) -> Iterator[None]:
     """Masks in force in the forward pass."""
     with ExitStack() as stack:
         for part in structures:
-            reader = part.module.get_submodule(next(name for name, dim in part.cuts.items() if dim == 1))
+            reader = part.block.get_submodule(next(name for name, dim in part.cuts.items() if dim == 1))
             stack.callback(reader.register_forward_pre_hook(part.mask_input).remove)
         yield
 
@@ -232,8 +266,9 @@ def masked_inputs(structures: list[Structures]) -> Iterator[None]:
 def merge_and_cut(tuned: Any, structures: list[Structures]) -> Any:
     """The plain model with the LoRA merged and the masked structures removed.
 
-    Attention runs on as it is: it reads the number of heads off its inputs, ``head_dim`` does not change, and neither
-    does ``num_key_value_groups``, query heads of a key-value head, as they go together.
+    Attention runs on as it is: it reads the number of heads off its inputs (BERT's ``num_attention_heads`` only names
+    the old one), the dimension of heads does not change, and neither does ``num_key_value_groups``, query heads of a
+    key-value head, as they go together.
     """
     model = tuned.merge_and_unload()
     for part in structures:

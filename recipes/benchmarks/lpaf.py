@@ -34,6 +34,8 @@ from lora_svd.compact import compact_module
 from lora_svd.decompositions.svd import weighted_svd
 from lora_svd.linalg import Metrics
 
+PRUNE_EVERY = 10  # steps
+
 
 class MixedRankLinear(nn.Module):
     """``y = (M * W) x + b`` or, once there are factors, by chance ``y = left (right x) + b``."""
@@ -73,12 +75,14 @@ class MixedRankLinear(nn.Module):
 
 
 class Pruning(TrainerCallback):
-    """Stage 1: prunes before every optimizer step."""
+    """Stage 1: prunes before every tenth optimizer step, since sorting takes as long as training, and the last."""
 
     def __init__(self, layers: list[MixedRankLinear], density: float) -> None:
         self.layers, self.density = layers, density
 
     def on_pre_optimizer_step(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        if state.global_step % PRUNE_EVERY and state.global_step < state.max_steps - 1:
+            return
         gone = (1 - self.density) * removed_share(state.global_step, state.max_steps, warmup=0.1, cooldown=0.1)
         for layer in self.layers:
             layer.prune(1 - gone)

@@ -79,12 +79,12 @@ def select_neurons(
     influence = torch.tensor(block_influence or [0.0] * len(blocks), dtype=torch.float64)
     if len(influence) != len(blocks):
         raise ValueError(f"block_influence: got {len(influence)} values, expected one for each of {len(blocks)} blocks")
-    if any(linear.bias is not None for linear in linears(model)):
+    if any(linear.bias is not None for linear in linears(model.model.layers)):
         raise ValueError("model: a linear layer of a block has a bias, expected none, as in Llama")
     attention_share = dense_attention(model, param_ratio) if attention_ratio is None else attention_ratio
     attention = kept_shares(attention_share, influence, temperature).tolist()
     sizes = [attention_size(block.self_attn, share, query_key) for block, share in zip(blocks, attention, strict=True)]
-    neurons = spread_neurons(model, budget_of(model, param_ratio) - sum(sizes), influence, temperature)
+    neurons = spread_neurons(model, budget_of(model.model.layers, param_ratio) - sum(sizes), influence, temperature)
     for index, (block, share, count) in enumerate(zip(blocks, attention, neurons, strict=True)):
         if share < 1:
             gram = as_float64(input_grams[f"model.layers.{index}.self_attn.q_proj"])
@@ -115,19 +115,20 @@ def measure_block_influence(model: Any, batches: Iterable[Mapping[str, Tensor]])
     return [value / tokens for value in sums]
 
 
-def linears(model: Any) -> list[nn.Linear]:
-    """All linear layers inside the decoder blocks: what ``param_ratio`` counts."""
-    return [module for module in model.model.layers.modules() if isinstance(module, nn.Linear)]
+def linears(blocks: nn.Module) -> list[nn.Linear]:
+    """All linear layers inside the blocks: what ``param_ratio`` counts."""
+    return [module for module in blocks.modules() if isinstance(module, nn.Linear)]
 
 
-def budget_of(model: Any, param_ratio: float) -> int:
-    """``param_ratio`` of the weights of the decoder blocks' linear layers."""
-    return int(param_ratio * sum(linear.weight.numel() for linear in linears(model)) + 1e-6)
+def budget_of(blocks: nn.Module, param_ratio: float) -> int:
+    """``param_ratio`` of the weights of the blocks' linear layers."""
+    return int(param_ratio * sum(linear.weight.numel() for linear in linears(blocks)) + 1e-6)
 
 
 def dense_attention(model: Any, param_ratio: float) -> float:
     """The largest share of attention that lets the MLPs keep ``MLP_FLOOR`` of ``param_ratio``."""
-    whole, mlp = budget_of(model, 1), sum(3 * block.mlp.down_proj.weight.numel() for block in model.model.layers)
+    blocks = model.model.layers
+    whole, mlp = budget_of(blocks, 1), sum(3 * block.mlp.down_proj.weight.numel() for block in blocks)
     return min(1.0, param_ratio * (whole - MLP_FLOOR * mlp) / (whole - mlp))
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from common import CACHE, PUBLISHED, PeakMemory, Results, cache_folder, training_arguments
 from kngpt2 import kronecker_products, taught_by
+from lora_prune import lora_prune
 from lpaf import prune, train_mixed, unwrap, wrap
 from peft import get_peft_model
 from transformers import (
@@ -33,6 +34,7 @@ from transformers import (
     HfArgumentParser,
     Trainer,
     TrainerCallback,
+    TrainingArguments,
     set_seed,
 )
 
@@ -73,6 +75,7 @@ class Benchmark:
     def __init__(self, given: Arguments) -> None:
         self.given, self.results = given, Results(Path(given.results))
         self.tokenizer: Any = AutoTokenizer.from_pretrained(given.model)
+        self.collator = DataCollatorWithPadding(self.tokenizer)
         self.train_set, self.test_set = self.read(given.train), self.read(given.test)
         self.labels = len({sample["labels"] for sample in self.train_set})
 
@@ -108,9 +111,9 @@ class Benchmark:
             "sentences_per_second": round(len(self.test_set) / (time.perf_counter() - start), 1),
         }
 
-    def trainer(self, model: Any, *, steps: int, rate: float, seed: int) -> Trainer:
-        """The Trainer of every run: AdamW, a tenth of warm-up, linear decay."""
-        arguments = training_arguments(
+    def arguments(self, *, steps: int, rate: float, seed: int) -> TrainingArguments:
+        """The settings of every run: AdamW, a tenth of warm-up, linear decay."""
+        return training_arguments(
             CACHE,
             steps=steps,
             batch=self.given.batch,
@@ -122,12 +125,15 @@ class Benchmark:
             train_sampling_strategy="group_by_length",
             bf16=self.given.bf16,
         )
+
+    def trainer(self, model: Any, *, steps: int, rate: float, seed: int) -> Trainer:
+        """The Trainer of a run."""
         callbacks: list[TrainerCallback] = [LoraSVDCallback()] if hasattr(model, "peft_config") else []
         return Trainer(
             model=model,
-            args=arguments,
+            args=self.arguments(steps=steps, rate=rate, seed=seed),
             train_dataset=self.train_set,  # pyright: ignore[reportArgumentType]
-            data_collator=DataCollatorWithPadding(self.tokenizer),
+            data_collator=self.collator,
             callbacks=callbacks,
         )
 
@@ -230,6 +236,21 @@ def ours(bench: Benchmark, size: float, seed: int, *, one_run: bool = False, **c
     return bench.train(model, steps=steps, rate=given.learning_rate, seed=seed).merge_and_unload()
 
 
+def pruned(bench: Benchmark, size: float, seed: int) -> Any:
+    """LoRAPrune on the dense model, with the biases and whole modules trained that ours trains."""
+    given, model = bench.given, bench.dense(seed)
+    set_seed(seed)  # the LoRA is random
+    return lora_prune(
+        model,
+        bench.train_set,
+        bench.arguments(steps=given.steps, rate=given.learning_rate, seed=seed),
+        size,
+        bias="all",
+        modules_to_save=given.whole,
+        data_collator=bench.collator,
+    )
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the table and how its model is made."""
@@ -254,6 +275,7 @@ ROWS = {
     "kngpt2 + training": Row(partial(kngpt2, trained=True)),
     "lpaf": Row(partial(lpaf, trained=False)),
     "lpaf + training": Row(partial(lpaf, trained=True)),
+    "loraprune + training": Row(pruned),
     "ours, one run": Row(partial(ours, one_run=True)),
     "ours, distilled": Row(partial(ours, distillation=0.5)),
 }
