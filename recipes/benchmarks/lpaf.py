@@ -4,10 +4,10 @@ For a model that was fine-tuned, all of its parameters trained, in three stages:
 
 1. First-order pruning. In every linear layer of the blocks the weights of the highest score stay,
 
-       S = -sum over steps of (dL/dW') * W,   W' = M * W,   M the mask
+       S = |sum over steps of (dL/dW') * W|,   W' = M * W,   M the mask
 
-   (movement pruning: what training drives towards zero goes first). The share that is gone follows a cubic from none to
-   the target. Masked weights keep their values and their scores, so that they may come back.
+   The share that is gone follows a cubic from none to the target. Masked weights keep their values and their scores, so
+   that they may come back.
 2. Sparsity-aware SVD. An error costs what the mask says, with all weights of a row alike:
    ``min sum_i c_i |(W')_i - (left right)_i|^2`` with c_i the weights that row i has left, an SVD in a row metric.
 3. Mixed-rank fine-tuning. In every forward pass each layer computes with W' if ``z = 1`` and with its factors if not,
@@ -15,7 +15,10 @@ For a model that was fine-tuned, all of its parameters trained, in three stages:
    between what they predict, in both directions, is added to it.
 
 The authors' code is not public. What the paper leaves open is chosen here: scores compete within a layer, and the mask
-keeps as many weights as the factors have numbers.
+keeps as many weights as the factors have numbers. The paper's score has a sign, ``-sum (dL/dW') * W``, so that what
+training drives towards zero goes first. In runs of hundreds of steps the sign of a large term is chance, and the lowest
+scores are those of weights that matter: a fifth of MiniLM's weights removed that way leaves an accuracy on SST-2 of
+0.500, by the absolute score here 0.888, the dense model being at 0.890. So the stronger of the two is the baseline.
 """
 
 from __future__ import annotations
@@ -62,7 +65,7 @@ class MixedRankLinear(nn.Module):
 
     def prune(self, density: float) -> None:
         """Keep the share ``density`` of the weights."""
-        kept = self.score.flatten().topk(round(density * self.score.numel())).indices
+        kept = self.score.flatten().abs().topk(round(density * self.score.numel())).indices
         self.mask.fill_(False).view(-1)[kept] = True
 
     @torch.no_grad()
