@@ -175,12 +175,14 @@ def weight_spectrum(weight: Tensor) -> SpectrumSummary:
 
 
 def feature_spectrum(gram: Tensor) -> SpectrumSummary:
-    """Spectrum of features x from ``X = E[x x^T]``, (n, n); not centred, so the mean of x is one of its directions.
+    """Spectrum of features x from ``X = E[x x^T]``, (n, n), or (n,) if it is diagonal; not centred, so the mean of x is
+    one of its directions.
 
     "Features are low-rank, but weights are not" (Yu & Wu 2023) takes the centred covariance of a layer's outputs.
     """
     _check_finite(gram)
-    return summarize_spectrum(torch.linalg.eigvalsh(gram.detach().cpu().double()))
+    gram = gram.detach().cpu().double()
+    return summarize_spectrum(gram if gram.dim() == 1 else torch.linalg.eigvalsh(gram))
 
 
 def summarize_entries(weight: Tensor) -> EntrySummary:
@@ -215,7 +217,7 @@ def analyze_layer(
         name: of the module.
         weight: (out, in), dequantized.
         rank: of the factors it is stored as, if any.
-        input_gram: ``E[x x^T]``, (in, in).
+        input_gram: ``E[x x^T]``, (in, in) or its diagonal.
         weighted_energies: of the weight in its metrics, as ``compression.compute_spectra`` gives them.
 
     Raises:

@@ -164,7 +164,7 @@ def trained_weight(layer: LayerInput, metrics: Metrics, settings: CompressionSet
 def absorb(name: str, layer: LayerInput, factors: Factors, bypass: Factors, settings: CompressionSettings) -> Factors:
     """The best approximation of ``W_k + s B A`` at the rank of the factors, in the layer's metrics: the bypass at no
     parameters. A bypass that is zero leaves the factors as they are."""
-    if not bool(bypass.left.any()):
+    if not (bool(bypass.left.any()) and bool(bypass.right.any())):
         return factors
     with in_module(name):
         metrics = layer_metrics(name, layer, settings)

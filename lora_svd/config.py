@@ -66,9 +66,9 @@ def option(default: Any, help: str) -> Any:
 class LoraSVDConfig(PeftConfig):
     """How a model is made smaller while a LoRA is trained on it.
 
-    ``param_ratio`` = parameters kept / original parameters, over the weights of the *targeted* linear layers, bias
-    excluded. It is not the share removed, and not the share of the whole model: ``parameter_report`` states that one as
-    ``model_param_ratio``.
+    ``param_ratio`` = parameters kept / original parameters, over the weights of the *targeted* linear layers and
+    embeddings, bias excluded. It is not the share removed, and not the share of the whole model: ``parameter_report``
+    states that one as ``model_param_ratio``.
 
     LoRA's own fields have LoRA's names and meanings. A run has three phases: *warm-up* (the model is full size and is
     observed), *compression* (its budget falls to the target; 0 = at once) and *recovery* (the rest: the bypass
@@ -136,7 +136,8 @@ class LoraSVDConfig(PeftConfig):
     lora_dropout: float = option(0.0, "Dropout in front of the bypass.")
     target_modules: list[str] | str | None = option(
         "all-linear",
-        "Names, or a regular expression, of the modules to compress; 'all-linear' = all but the output layer.",
+        "Names, or a regular expression, of the linear layers and embeddings to compress; 'all-linear' = all linear "
+        "layers but the output layer.",
     )
     exclude_modules: list[str] | str | None = option(None, "Names, or a regular expression, of modules to leave alone.")
     rank_pattern: dict[str, int] | None = option(None, "r by module name or regular expression, instead of r.")

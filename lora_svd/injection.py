@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from .compact import LowRankLinear, keep_unpacked
+from .compact import LowRankEmbedding, LowRankLinear, TiedHead, keep_unpacked, tie_head
 from .config import LoraSVDConfig
 from .decompositions import Factors
+from .embedding import LoraSVDEmbedding, check_embedding, is_plain_embedding
 from .errors import LoraSVDError
 from .layer import SAVED, LoraSVDLinear
 from .observation import keep_to_limit
@@ -34,7 +35,7 @@ from .statistics import COUNTS, STATISTICS, SharedGram
 
 
 class InjectedModel(BaseTuner):
-    """A model whose targeted linear layers are :class:`LoraSVDLinear`."""
+    """A model whose targeted linear layers are :class:`LoraSVDLinear`, and embeddings :class:`LoraSVDEmbedding`."""
 
     prefix = PREFIX
     tuner_layer_cls = LoraSVDLinear
@@ -48,6 +49,7 @@ class InjectedModel(BaseTuner):
             self._trained: dict[str, dict[str, Factors]] = {}  # factors as training left them, by adapter and layer
             self._unpacked = keep_unpacked(model)
             self._aliases = _aliases(model)
+            self._heads: dict[str, tuple[nn.Module, str]] = {}  # tied to an embedding with a bypass; its name
         if config.param_ratio < 1 and any(isinstance(module, LowRankLinear) for module in model.modules()):
             raise LoraSVDError(
                 f"param_ratio: got {config.param_ratio} for a model that is compact already, expected 1, which trains "
@@ -89,15 +91,20 @@ class InjectedModel(BaseTuner):
     ) -> None:
         r = _of_pattern("rank_pattern", peft_config.rank_pattern or {}, current_key)
         alpha = _of_pattern("alpha_pattern", peft_config.alpha_pattern or {}, current_key)
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        is_embedding, tied = is_plain_embedding(base), {}
+        if is_embedding:
+            tied = self._tied_to(current_key, base, peft_config)
+            check_embedding(current_key, base, peft_config, tied)
         if isinstance(target, LoraSVDLinear):
             target.update_layer(adapter_name, peft_config, key=current_key, r=r, lora_alpha=alpha)
             return
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not (is_plain_linear(base) or _is_quantized_linear(base)):
+        if not (is_embedding or is_plain_linear(base) or _is_quantized_linear(base)):
             names = {name: type(module) is type(base) for name, module in self.model.named_modules()}
             raise TypeError(
                 f"target_modules: {current_key} is {type(base).__name__}, which is not supported; expected "
-                "torch.nn.Linear or transformers Conv1D, without a forward of its own, or a quantized linear layer. "
+                "torch.nn.Linear, torch.nn.Embedding or transformers Conv1D, without a forward of its own, or a "
+                "quantized linear layer. "
                 f"Name others, or leave this kind out: exclude_modules={_patterns(filter(names.get, names), names)}"
             )
         if target in self._aliases:
@@ -106,11 +113,50 @@ class InjectedModel(BaseTuner):
                 f"target_modules: {names[0]} is the same module as {', '.join(names[1:])}, expected one name for each, "
                 f"since a compact module would take the place of one only. Set exclude_modules={names}"
             )
-        new = LoraSVDLinear(target, self._shared_gram, **get_quantization_kwargs(self))
+        kind = LoraSVDEmbedding if is_embedding else LoraSVDLinear
+        new = kind(target, self._shared_gram, **get_quantization_kwargs(self))
         new.update_layer(adapter_name, peft_config, key=current_key, r=r, lora_alpha=alpha)
         if adapter_name not in self.active_adapters:
             new.requires_grad_(False)
         self._replace_module(parent, target_name, new, target)
+        for name, head in tied.items():
+            self._heads[name] = (head, current_key)
+            self.model.set_submodule(name, TiedHead(new))
+
+    def _tied_to(self, key: str, base: nn.Module, config: LoraSVDConfig) -> dict[str, nn.Module]:
+        """The modules that are tied to an embedding, without linear layers that get factors of their own."""
+        names = {
+            name.removesuffix(".weight").removesuffix(".base_layer")
+            for name, parameter in self.model.named_parameters(remove_duplicate=False)
+            if parameter is base.weight
+        }
+        others = {name: self.model.get_submodule(name) for name in sorted(names - {key})}
+        return {
+            name: module
+            for name, module in others.items()
+            if isinstance(module, nn.Embedding | LoraSVDEmbedding) or not check_target_module_exists(config, name)
+        }
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        super()._unload_and_optionally_merge(*args, **kwargs)
+        self._tie_heads()
+        return self.model
+
+    def _tie_heads(self) -> dict[str, str]:
+        """Give output layers that used a bypass what the embedding has become: its weight, or its factors.
+
+        Those with factors by name, with the embedding's.
+        """
+        low_rank = {}
+        for name, (head, of) in self._heads.items():
+            embedding = self.model.get_submodule(of)
+            if isinstance(embedding, LowRankEmbedding):
+                tie_head(self.model, name, of)
+                low_rank[name] = of
+            elif isinstance(embedding, nn.Embedding):
+                head.weight = embedding.weight
+                self.model.set_submodule(name, head)
+        return low_rank
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """PEFT's takes a weight over, which a head of several layers, in ``modules_to_save``, has not."""

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import distributed
 from .allocation import LayerShape
-from .compact import factored_output, num_bytes
+from .compact import factored_output, layer_features, num_bytes
 from .decompositions import DECOMPOSITIONS, Factors, Split, balance
 from .errors import LoraSVDError, NumericalError
 from .observation import STATE, ObservedLayer
@@ -30,7 +30,7 @@ SAVED = (*STATE, *_FACTORS)
 # Factors are stored this much larger, so that a step of an optimizer like Adam, whose length does not depend on the
 # gradient's, moves them less than it moves the bypass: 2.5e-4 of their unit at a learning rate of 1e-3. A power of 2,
 # so that scaling rounds nothing.
-_FACTOR_SCALE = 4.0
+FACTOR_SCALE = 4.0
 # The config of an adapter may come from anywhere; it cannot have more memory than the model gives reason for.
 _WIDEST_BYPASS = 1024
 
@@ -54,8 +54,8 @@ class LoraSVDLinear(ObservedLayer):
         self.base_layer = base_layer
         base = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(base, **kwargs)
-        self.fan_in_fan_out = isinstance(base, Conv1D)
-        self.in_features, self.out_features = (base.nx, base.nf) if isinstance(base, Conv1D) else _features(base)
+        self.fan_in_fan_out = isinstance(base, Conv1D | nn.Embedding)
+        self.in_features, self.out_features = layer_features(base)
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -66,7 +66,7 @@ class LoraSVDLinear(ObservedLayer):
         self._init_observation(shared)
         for name in _FACTORS:
             setattr(self, PREFIX + name, nn.ParameterDict())
-        self._unmerged: Tensor | None = None
+        self._unmerged: tuple[Tensor] | None = None  # in a tuple, or it would be a parameter of this layer
         self._disable_adapters = False
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
@@ -94,11 +94,7 @@ class LoraSVDLinear(ObservedLayer):
         self.lora_svd_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.lora_svd_A[adapter_name] = nn.Parameter(torch.empty(r, self.in_features))
         self.lora_svd_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, r))
-        nn.init.kaiming_uniform_(self.lora_svd_A[adapter_name], a=math.sqrt(5))
-        if config.init_weights:
-            nn.init.zeros_(self.lora_svd_B[adapter_name])
-        else:
-            nn.init.kaiming_uniform_(self.lora_svd_B[adapter_name], a=math.sqrt(5))
+        self._init_bypass(adapter_name, config.init_weights)
         rank = (config.compact_ranks or {}).get(key)
         rows, columns = self.split[adapter_name].shape
         if config.compressed and rank is not None and rank < min(rows, columns):
@@ -108,6 +104,14 @@ class LoraSVDLinear(ObservedLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self.observe(adapter_name, config)
+
+    def _init_bypass(self, adapter_name: str, zero: bool) -> None:
+        A, B = self.lora_svd_A[adapter_name], self.lora_svd_B[adapter_name]
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        if zero:
+            nn.init.zeros_(B)
+        else:
+            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
 
     def delete_adapter(self, adapter_name: str) -> None:
         for state in (self._observed, self._token_shares, self._sketches, self._statistics_device):
@@ -127,7 +131,7 @@ class LoraSVDLinear(ObservedLayer):
 
     def dense_weight(self) -> Tensor:
         """The frozen weight, (out, in), dequantized if need be; the one before any merge."""
-        weight = self.get_base_weight() if self._unmerged is None else self._unmerged
+        weight = self.get_base_weight() if self._unmerged is None else self._unmerged[0]
         return weight.T if self.fan_in_fan_out else weight
 
     def weight_bytes(self) -> int:
@@ -149,7 +153,7 @@ class LoraSVDLinear(ObservedLayer):
         """The factors that stand for the weight, or None while it is whole or stays dense."""
         if adapter_name not in self._state("left"):
             return None
-        left, right = (self._state(name)[adapter_name] / _FACTOR_SCALE for name in _FACTORS)
+        left, right = (self._state(name)[adapter_name] / FACTOR_SCALE for name in _FACTORS)
         return Factors(left, right, self.split[adapter_name])
 
     def kept_rank(self, adapter_name: str) -> int:
@@ -169,7 +173,7 @@ class LoraSVDLinear(ObservedLayer):
         makes them float32 when it loads them.
         """
         dtype, balanced = torch.float32 if trainable else self._float_dtype(), balance(factors)
-        left, right = (_FACTOR_SCALE * side.cpu().to(dtype).contiguous() for side in (balanced.left, balanced.right))
+        left, right = (FACTOR_SCALE * side.cpu().to(dtype).contiguous() for side in (balanced.left, balanced.right))
         return Factors(left, right)
 
     def set_factors(self, adapter_name: str, factors: Factors | None, *, trainable: bool = False) -> None:
@@ -225,15 +229,25 @@ class LoraSVDLinear(ObservedLayer):
                     f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
                 )
             if self._unmerged is None:
-                self._unmerged = weight.detach().clone()
+                plain: Any = self.get_base_layer()
+                self._unmerged = (plain.weight if self.quantization_backend is None else weight.detach().clone(),)
             self.set_base_weight(merged)
             self.merged_adapters.append(adapter_name)
 
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        """In a parameter of its own, so that a layer that is tied to this one keeps its weight."""
+        if self.quantization_backend is not None:
+            super().set_base_weight(weight_data)
+            return
+        base: Any = self.get_base_layer()
+        is_parameter = isinstance(weight_data, nn.Parameter)
+        base.weight = weight_data if is_parameter else nn.Parameter(weight_data, base.weight.requires_grad)
+
     def unmerge(self) -> None:
-        """Take back every merged change: the weight is what it was, to the bit."""
+        """Take back every merged change: the weight is what it was, to the bit, and tied to what it was."""
         self.merged_adapters.clear()
         if self._unmerged is not None:
-            self.set_base_weight(self._unmerged.to(self.get_base_weight()))
+            self.set_base_weight(self._unmerged[0].to(self.get_base_weight()))
             self._unmerged = None
 
     def unload_and_optionally_merge_module(
@@ -256,37 +270,49 @@ class LoraSVDLinear(ObservedLayer):
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
         mark = self._shared.recognize(x) if self._observed and torch.is_grad_enabled() else None
-        if autocast := torch.is_autocast_enabled(x.device.type):  # one copy for the weight, the bypass and the observer
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = self._autocast_input(x)
         adapters = [name for name in self.active_adapters if name in self.lora_svd_A]
         result = self._weight_output(x, adapters, *args, **kwargs)
         dtype = result.dtype
         for adapter_name in adapters:
-            A, B = self.lora_svd_A[adapter_name], self.lora_svd_B[adapter_name]
-            hidden = self.lora_svd_dropout[adapter_name](x if autocast else self._cast_input_dtype(x, A.dtype))
-            result = result + F.linear(F.linear(hidden, A), B) * self.scaling[adapter_name]
+            hidden = self._bypass_hidden(x, adapter_name)
+            result = result + F.linear(hidden, self.lora_svd_B[adapter_name]) * self.scaling[adapter_name]
         return self._observed_output(x, result.to(dtype), adapters, mark)
+
+    def _autocast_input(self, x: Tensor) -> Tensor:
+        """Under autocast one copy for the weight, the bypass and the observer."""
+        device = x.device.type
+        return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+    def _bypass_hidden(self, x: Tensor, adapter_name: str) -> Tensor:
+        """``A x``, (..., r)."""
+        A = self.lora_svd_A[adapter_name]
+        given = x if torch.is_autocast_enabled(x.device.type) else self._cast_input_dtype(x, A.dtype)
+        return F.linear(self.lora_svd_dropout[adapter_name](given), A)
 
     def _weight_output(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """``W x + b`` with W replaced by the factors of the compressed adapters."""
         compressed = [name for name in adapters if name in self._state("left")]
         if len(compressed) == 1:  # the usual case: the base weight is not needed at all
-            bias = self.get_base_layer().bias
+            bias = getattr(self.get_base_layer(), "bias", None)
             return self._factored_output(x, compressed[0], bias if isinstance(bias, Tensor) else None)
         result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         if compressed:
-            weight = self.dense_weight().to(x.dtype)
-            result = result - len(compressed) * F.linear(x, weight)
+            result = result - len(compressed) * self._dense_output(x)
         for name in compressed:
             result = result + self._factored_output(x, name)
         return result
 
+    def _dense_output(self, x: Tensor) -> Tensor:
+        """``W x``."""
+        return F.linear(x, self.dense_weight().to(x.dtype))
+
     def _factored_output(self, x: Tensor, adapter_name: str, bias: Tensor | None = None) -> Tensor:
         left, right = (_as_input(self._state(name)[adapter_name], x) for name in _FACTORS)
         stored = Factors(left, right, self.split[adapter_name])
-        return factored_output(x, stored, None if bias is None else _as_input(bias, x), _FACTOR_SCALE**-2)
+        return factored_output(x, stored, None if bias is None else _as_input(bias, x), FACTOR_SCALE**-2)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter is a plain LoRA, that is, not yet compressed."""
@@ -302,7 +328,3 @@ class LoraSVDLinear(ObservedLayer):
 def _as_input(weight: Tensor, x: Tensor) -> Tensor:
     """The weight in the type of its input; autocast sees to that itself."""
     return weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype)
-
-
-def _features(base: nn.Module) -> tuple[int, int]:
-    return int(base.in_features), int(base.out_features)  # pyright: ignore[reportArgumentType] - checked on injection

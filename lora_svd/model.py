@@ -152,6 +152,7 @@ class LoraSVDModel(PhasedModel):
             factor_format=config.factor_format,
             dense_parameters=sum(given.shape.parameters for given in inputs.values()),
             tied_parameters=sum(inputs[name].shape.parameters for name in tied),
+            tied=self._tie_heads(),
             method={
                 name: getattr(config, name)
                 for name in ("importance", "allocation", "decomposition", "compensation", "param_ratio")

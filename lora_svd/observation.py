@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, MutableMapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -51,6 +51,8 @@ class ObservedLayer(nn.Module, BaseTunerLayer):
     scaling: dict[str, float]
     in_features: int
     out_features: int
+    num_ids: int | None = None  # of an embedding, whose inputs are ids
+    diagonals: ClassVar[Mapping[str, int]] = {}  # Gram matrices of which a sketch with r = 0 is all there is
 
     def dense_weight(self) -> Tensor:
         """The frozen weight, (out, in)."""
@@ -84,14 +86,18 @@ class ObservedLayer(nn.Module, BaseTunerLayer):
         self._sketches[adapter_name] = ranks
 
     def is_sketched(self, adapter_name: str) -> bool:
-        """Whether a Gram matrix is kept as a sketch."""
+        """Whether a Gram matrix is kept as a sketch that is not all of it."""
         return bool(self._sketches.get(adapter_name))
 
     def statistic_shape(self, adapter_name: str, name: str, *, packed: bool = False) -> tuple[int, ...]:
         """Of the sum that is kept for this adapter; of the upper triangle if a whole Gram matrix is packed."""
-        rank = self._sketches.get(adapter_name, {}).get(name)
+        rank = self._sketch_rank(adapter_name, name)
         shape = stored_shape(name, self.out_features, self.in_features, rank)
-        return (shape[0] * (shape[0] + 1) // 2,) if packed and rank is None and STATISTICS[name].rows else shape
+        return (shape[0] * (shape[0] + 1) // 2,) if packed and rank is None and STATISTICS[name].gram else shape
+
+    def _sketch_rank(self, adapter_name: str, name: str) -> int | None:
+        """r of the sketch that is kept of this sum; None: it is kept whole."""
+        return {**self._sketches.get(adapter_name, {}), **self.diagonals}.get(name)
 
     def statistics(self, adapter_name: str) -> LayerStatistics:
         """What was observed for this adapter, on the CPU."""
@@ -132,7 +138,7 @@ class ObservedLayer(nn.Module, BaseTunerLayer):
         """``A X A^T`` with X of the tokens that this process has observed, of ``num_tokens`` in all."""
         grams, A = self._sums("input_gram", adapter_name), distributed.whole(self.lora_svd_A[adapter_name].detach())
         gram = grams[adapter_name] if adapter_name in grams else self._zeros(adapter_name, "input_gram")
-        through = between if "input_gram" in self._sketches.get(adapter_name, {}) else input_sketch
+        through = input_sketch if self._sketch_rank(adapter_name, "input_gram") is None else between
         with torch.autocast(device_type=A.device.type, enabled=False):
             found = through(A.float().to(gram.device), gram)
         # of 0 tokens while all output gradients are zero
@@ -164,15 +170,17 @@ class ObservedLayer(nn.Module, BaseTunerLayer):
         if distributed.world_size() > 1:  # the loss is the mean over processes
             g = g.float() / distributed.world_size()
         of_samples = any(STATISTICS[name].per == "sample" for names in self._observed.values() for name in names)
-        share = 1.0 if of_samples else max(self._token_shares[name] for name in self._observed)
-        seen, counts = observe_tokens(x, g, self._shared, share, mark)
+        # An id that is passed over would count as never seen, and counting costs nothing.
+        whole = of_samples or self.num_ids is not None
+        share = 1.0 if whole else max(self._token_shares[name] for name in self._observed)
+        seen, counts = observe_tokens(x, g, self._shared, share, mark, self.num_ids)
         for adapter_name, names in self._observed.items():
             if adapter_name not in self.active_adapters:
                 continue
             for name in names:
                 if STATISTICS[name].per != "step":
-                    rank = self._sketches.get(adapter_name, {}).get(name)
-                    self._accumulate(adapter_name, name, token_summand(name, seen, rank))
+                    value = token_summand(name, seen, self._sketch_rank(adapter_name, name))
+                    self._accumulate(adapter_name, name, value)
             for unit, count in counts.items():
                 self._count(adapter_name, unit, count)
 
@@ -232,7 +240,9 @@ def _apart(_layer: nn.Module, state: MutableMapping[str, Any], prefix: str, _met
 def keep_to_limit(layers: Mapping[str, ObservedLayer], adapter_name: str, config: LoraSVDConfig) -> None:
     """Let layers keep sketches of Gram matrices where ``statistics_limit`` asks for it, and say which in a warning."""
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-    sketches = choose_sketches(shapes, IMPORTANCES[config.importance].statistics, config.statistics_limit)
+    diagonals = {name: layer.diagonals for name, layer in layers.items()}
+    statistics = IMPORTANCES[config.importance].statistics
+    sketches = choose_sketches(shapes, statistics, config.statistics_limit, diagonals)
     for name, layer in layers.items():
         layer.keep_sketches(adapter_name, sketches.get(name, {}))
     if sketches and any(adapter_name in layer._observed for layer in layers.values()):

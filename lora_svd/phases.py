@@ -66,7 +66,7 @@ class PhasedModel(InjectedModel):
             self._distillation_hook.remove()
         for layer in self._unpacked:
             setattr(layer, "support_avx512bf16_for_cpu", True)  # noqa: B010 - for the type checker
-        return super()._unload_and_optionally_merge(*args, **kwargs)  # pyright: ignore[reportReturnType]
+        return super()._unload_and_optionally_merge(*args, **kwargs)
 
     def update_and_allocate(
         self,

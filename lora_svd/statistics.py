@@ -12,7 +12,7 @@ A new statistic is one function and one registry line.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -44,6 +44,53 @@ class TokenObservation:
     @cached_property
     def g(self) -> Tensor:
         return self.gradients.float().where(self.observed[..., None], 0.0)
+
+    @property
+    def in_features(self) -> int:
+        return self.inputs.shape[-1]
+
+    def input_gram(self, rank: int | None) -> Tensor:
+        """``sum x x^T``, (in, in), or its sketch with r = rank."""
+        return self.shared.gram(self) if rank is None else sketched_gram(self.x.flatten(0, 1), rank)
+
+    def input_abs(self) -> Tensor:
+        """``sum |x_j|``, (in,)."""
+        return self.x.abs().sum((0, 1))
+
+    def weight_gradients(self) -> Iterator[tuple[Tensor, Tensor | slice]]:
+        """``dL/dW`` of each sample, in the columns that are given, and zero in the others."""
+        for x, g in zip(self.x, self.g, strict=True):
+            yield g.T @ x, slice(None)
+
+
+@dataclass(frozen=True)
+class IndexObservation(TokenObservation):
+    """One backward pass of an embedding, which is a linear layer of the inputs ``x = e_id``, one of V unit vectors.
+
+    inputs: (samples, tokens, 1), the ids. ``sum x x^T`` is diagonal, how often each id was seen: kept as a sketch with
+    r = 0. No vector of the size V is formed for a token.
+    """
+
+    num_ids: int = 0
+
+    @property
+    def in_features(self) -> int:
+        return self.num_ids
+
+    def _counts(self) -> Tensor:
+        ids = self.inputs[..., 0]
+        return torch.bincount(ids[self.observed], minlength=self.num_ids).float()
+
+    def input_gram(self, _rank: int | None) -> Tensor:
+        return self._counts()[None]
+
+    def input_abs(self) -> Tensor:
+        return self._counts()
+
+    def weight_gradients(self) -> Iterator[tuple[Tensor, Tensor | slice]]:
+        for ids, g in zip(self.inputs[..., 0], self.g, strict=True):
+            columns, which = ids.unique(return_inverse=True)
+            yield g.new_zeros(len(columns), g.shape[-1]).index_add_(0, which, g).T, columns
 
 
 @dataclass(frozen=True)
@@ -175,11 +222,25 @@ def _sensitivity_rows(gradient: Tensor, step: StepObservation) -> Tensor:
     return (gradient * (step.lora_B @ step.lora_A + step.weight)).square().sum(1)
 
 
+def _output_gram(seen: TokenObservation, rank: int | None) -> Tensor:
+    """``sum g g^T``, (out, out), or its sketch with r = rank."""
+    rows = seen.g.flatten(0, 1)
+    return gram(rows) if rank is None else sketched_gram(rows, rank)
+
+
 def _weight_gradient_square(seen: TokenObservation) -> Tensor:
     """``sum over samples of (dL/dw_ij)^2``, (out, in): gradients of single samples, as FWSVD and TFWSVD define it."""
-    total = torch.zeros(seen.g.shape[-1], seen.x.shape[-1], device=seen.g.device)
-    for x, g in zip(seen.x, seen.g, strict=True):
-        total += (g.T @ x).square_()
+    total = torch.zeros(seen.g.shape[-1], seen.in_features, device=seen.g.device)
+    for gradient, columns in seen.weight_gradients():
+        total[:, columns] += gradient.square_()
+    return total
+
+
+def _weight_gradient_rows(seen: TokenObservation) -> Tensor:
+    """The row sums of :func:`_weight_gradient_square`, (out,)."""
+    total = torch.zeros(seen.g.shape[-1], device=seen.g.device)
+    for gradient, _ in seen.weight_gradients():
+        total += gradient.square_().sum(1)
     return total
 
 
@@ -190,31 +251,25 @@ class Statistic:
     Attributes:
         shape: ``(out, in) -> shape`` of the sum.
         per: what the sum runs over and is divided by: "token", "sample" or "step".
-        of: the summand over one observation (tokens and samples of a backward pass, or an optimizer step).
+        of: the summand over one observation (tokens and samples of a backward pass, or an optimizer step); of a Gram
+            matrix, whole or as a sketch with the r that it is given.
         of_weight: whether the summand depends on the frozen weight, which is costly to dequantize or gather.
-        rows: of the sum of ``v v^T``, all v of an observation, (tokens, n). Such a sum may be kept as a sketch.
+        gram: whether it is a sum of ``v v^T``, which may be kept as a sketch.
     """
 
     shape: Callable[[int, int], tuple[int, ...]]
     per: str
     of: Callable[..., Tensor]
     of_weight: bool = False
-    rows: Callable[[TokenObservation], Tensor] | None = None
+    gram: bool = False
 
 
 STATISTICS: dict[str, Statistic] = {
-    "input_gram": Statistic(
-        lambda _, n: (n, n), "token", lambda seen: seen.shared.gram(seen), rows=lambda seen: seen.x.flatten(0, 1)
-    ),
-    "input_abs": Statistic(lambda _, n: (n,), "token", lambda seen: seen.x.abs().sum((0, 1))),
-    "output_gram": Statistic(
-        lambda m, _: (m, m),
-        "token",
-        lambda seen: gram(seen.g.flatten(0, 1)),
-        rows=lambda seen: seen.g.flatten(0, 1),
-    ),
+    "input_gram": Statistic(lambda _, n: (n, n), "token", lambda seen, rank: seen.input_gram(rank), gram=True),
+    "input_abs": Statistic(lambda _, n: (n,), "token", lambda seen: seen.input_abs()),
+    "output_gram": Statistic(lambda m, _: (m, m), "token", _output_gram, gram=True),
     "output_square": Statistic(lambda m, _: (m,), "token", lambda seen: seen.g.square().sum((0, 1))),
-    "weight_gradient_rows": Statistic(lambda m, _: (m,), "sample", lambda seen: _weight_gradient_square(seen).sum(1)),
+    "weight_gradient_rows": Statistic(lambda m, _: (m,), "sample", _weight_gradient_rows),
     "weight_gradient_square": Statistic(lambda m, n: (m, n), "sample", _weight_gradient_square),
     "lora_rows": Statistic(lambda m, _: (m,), "step", lambda step: _sensitivity_rows(lora_gradient(step), step), True),
     "gradient_rows": Statistic(lambda m, _: (m,), "step", gradient_rows),
@@ -250,16 +305,13 @@ def _upper(size: int, device: torch.device) -> Tensor:
 
 def is_gram(name: str, total: Tensor) -> bool:
     """Whether a sum is a whole symmetric matrix, neither packed nor a sketch."""
-    return STATISTICS[name].rows is not None and total.dim() == 2 and total.shape[0] == total.shape[1]
+    return STATISTICS[name].gram and total.dim() == 2 and total.shape[0] == total.shape[1]
 
 
 def token_summand(name: str, seen: TokenObservation, rank: int | None = None) -> Tensor:
     """What one backward pass adds to a sum, whole, or as a sketch with r = rank."""
     statistic = STATISTICS[name]
-    if rank is None:
-        return statistic.of(seen)
-    assert statistic.rows is not None
-    return sketched_gram(statistic.rows(seen), rank)
+    return statistic.of(seen, rank) if statistic.gram else statistic.of(seen)
 
 
 @dataclass(frozen=True)
@@ -275,10 +327,12 @@ class LayerStatistics:
     counts: Mapping[str, int]
 
     def mean(self, name: str) -> Tensor:
-        """The sum, or what its sketch stands for, divided by what it ran over, float64."""
+        """The sum, or what its sketch stands for, divided by what it ran over, float64; (n,) if it is a diagonal."""
         total, statistic = self.sums[name], STATISTICS[name]
-        if statistic.rows is not None and not is_gram(name, total):
-            total = unpack(total) if total.dim() == 1 else expand(total)
+        if statistic.gram and total.dim() == 1:
+            total = unpack(total)
+        elif statistic.gram and not is_gram(name, total):
+            total = total[0] if len(total) == 1 else expand(total)
         return total.to(torch.float64, copy=True).div_(self.counts[statistic.per])
 
 
@@ -309,17 +363,26 @@ _FEWEST_TOKENS = 512
 
 
 def observe_tokens(
-    x: Tensor, g: Tensor, shared: SharedGram, share: float = 1.0, mark: object = None
+    x: Tensor,
+    g: Tensor,
+    shared: SharedGram,
+    share: float = 1.0,
+    mark: object = None,
+    num_ids: int | None = None,
 ) -> tuple[TokenObservation, dict[str, Tensor]]:
     """Shape one backward pass for the statistics and count it. x: (..., in), g: (..., out).
 
     The first dimension counts samples, the last features, all between tokens; a matrix (samples, features) has one
     token a sample. With a ``share`` below 1 every k-th token is observed, k = 1 / share, from a random one on and as
     one sample; at least 512 of them. mark: of the input, :meth:`SharedGram.recognize`, if x is a copy of it.
+    num_ids: of an embedding, whose x, (...), are ids.
     """
+    start_of = mark or shared.recognize(x)
+    if num_ids is not None:
+        x = x[..., None]
     num_tokens = x[..., 0].numel()
     stride = max(1, round(min(1 / share, num_tokens // _FEWEST_TOKENS)))
-    start = shared.start(mark or shared.recognize(x), stride)
+    start = shared.start(start_of, stride)
     if stride > 1:
         x, g = (tensor.reshape(1, num_tokens, -1)[:, start::stride] for tensor in (x, g))
     else:
@@ -329,4 +392,6 @@ def observe_tokens(
     observed = (size != 0) & (size + x.sum(-1, dtype=torch.float32)).isfinite()
     shared.bind(observed)
     counts = {"token": observed.sum(), "sample": observed.any(-1).sum()}
+    if num_ids is not None:
+        return IndexObservation(x, g, observed, shared, num_ids), counts
     return TokenObservation(x, g, observed, shared), counts

@@ -28,7 +28,10 @@ def statistics_bytes(
 
 
 def choose_sketches(
-    shapes: Mapping[str, tuple[int, int]], statistics: Collection[str], limit: int | None
+    shapes: Mapping[str, tuple[int, int]],
+    statistics: Collection[str],
+    limit: int | None,
+    diagonals: Mapping[str, Mapping[str, int]] | None = None,
 ) -> dict[str, dict[str, int]]:
     """r of the sketch by layer and statistic, of those that are not kept whole.
 
@@ -40,13 +43,20 @@ def choose_sketches(
         shapes: (out, in) by layer, in the order of the model.
         statistics: that every layer keeps.
         limit: see :func:`statistics_bytes`; None: keep all.
+        diagonals: sketches of Gram matrices that are diagonal, by layer, which are kept in any case.
 
     Raises:
         LoraSVDError: even the diagonals take more than ``limit``.
     """
-    if limit is None or (excess := statistics_bytes(shapes, statistics) - limit) <= 0:
+    kept = diagonals or {}
+    if limit is None or (excess := statistics_bytes(shapes, statistics, kept) - limit) <= 0:
         return {}
-    grams = [(layer, name) for layer in reversed(list(shapes)) for name in statistics if STATISTICS[name].rows]
+    grams = [
+        (layer, name)
+        for layer in reversed(list(shapes))
+        for name in statistics
+        if STATISTICS[name].gram and name not in kept.get(layer, {})
+    ]
 
     def weights_per_byte(gram: tuple[str, str]) -> tuple[bool, float]:
         layer, name = gram

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .compact import LowRankLinear, dense_weight, keep_unpacked, stored_weight
+from .compact import LowRankLinear, dense_weight, keep_unpacked, layer_features, stored_weight
 from .compact.checks import check_inside, names_in_model
 from .compact.loader import spellings
 from .compact.stored import full_precision, is_quantized
@@ -52,7 +52,7 @@ class LayerWeight:
 
 
 def model_weights(model: nn.Module) -> dict[str, LayerWeight]:
-    """Weights of a model in memory by module name: nn.Linear, Conv1D, LowRankLinear and bitsandbytes layers."""
+    """Weights of a model in memory by module name: nn.Linear, Conv1D, bitsandbytes layers, all that are low-rank."""
     low_rank = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     found: dict[str, LayerWeight] = {}
     for name, module in model.named_modules():
@@ -77,17 +77,19 @@ def folder_weights(folder: str | Path) -> dict[str, LayerWeight]:
     folder = Path(folder)
     model = skeleton(folder)
     tensors = Tensors(folder, model)
+    tied = (getattr(model.config, "quantization_config", None) or {}).get("tied", {})
     found: dict[str, LayerWeight] = {}
     missing: list[str] = []
     for name, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, Conv1D)):
+        if not isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
             continue
         key = next((key for key in spellings(name, model.base_model_prefix + ".") if f"{key}.weight" in tensors), None)
         if key is None:
-            missing += [] if _is_tied(model, name) else [name]
+            missing += [] if isinstance(module, nn.Embedding) or _is_tied(model, name) or name in tied else [name]
         elif f"{key}.right.weight" in tensors:
-            found[name] = LayerWeight(_shape(module), tensors.rank(key), partial(tensors.product, key))
-        else:
+            read = partial(tensors.product, key, by_id=isinstance(module, nn.Embedding))
+            found[name] = LayerWeight(_shape(module), tensors.rank(key), read)
+        elif not isinstance(module, nn.Embedding):
             # bitsandbytes turns a Conv1D's weight round before it quantizes it
             turned = isinstance(module, Conv1D) and not tensors.is_4bit(f"{key}.weight")
             found[name] = LayerWeight(_shape(module), None, partial(tensors.weight, f"{key}.weight", turned=turned))
@@ -113,9 +115,8 @@ def _is_tied(model: nn.Module, name: str) -> bool:
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, Conv1D):
-        return module.nf, module.nx
-    return int(module.out_features), int(module.in_features)  # pyright: ignore[reportArgumentType]
+    in_features, out_features = layer_features(module)
+    return out_features, in_features
 
 
 def _module_weight(module: nn.Module) -> Tensor:
@@ -207,9 +208,10 @@ class Tensors:
             )
         return tensor.T if turned else tensor
 
-    def product(self, key: str) -> Tensor:
-        """The weight (out, in) of a low-rank layer."""
-        left, right = (self.weight(f"{key}.{side}.weight").double() for side in ("left", "right"))
+    def product(self, key: str, *, by_id: bool = False) -> Tensor:
+        """The weight (out, in) of a low-rank layer. by_id: of an embedding."""
+        left = self.weight(f"{key}.left.weight").double()
+        right = self.weight(f"{key}.right.weight", turned=by_id).double()
         order = self._read(f"{key}.order") if f"{key}.order" in self else None
         return stored_weight(left, right, order, self._splits.get(key))
 

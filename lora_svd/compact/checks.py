@@ -20,7 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from ..checkpoints import checksum
 from ..errors import LoraSVDError
-from .low_rank import LowRankLinear
+from .standalone import LowRankLinear
 
 
 def check_types(
@@ -30,6 +30,9 @@ def check_types(
     for field, value in {"ranks": ranks, "splits": splits, **mappings}.items():
         if not isinstance(value, Mapping | None):
             raise LoraSVDError(f"{field}: this compact checkpoint gives {value!r}, expected a mapping")
+    for head, embedding in (mappings["tied"] or {}).items():
+        if not isinstance(embedding, str):
+            raise LoraSVDError(f"tied: this compact checkpoint ties {head} to {embedding!r}, expected a module's name")
     for field, value in counts.items():
         if type(value) is not int or value < 0:
             raise LoraSVDError(f"{field}: this compact checkpoint gives {value!r}, expected an integer >= 0")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from ..errors import LoraSVDError
 from .loader import mark
-from .low_rank import LowRankLinear, dense_module, dense_weight
+from .low_rank import dense_module, dense_weight
 from .quantized import keep_unpacked
+from .standalone import LowRankLinear, TiedHead
 from .stored import full_precision, is_quantized
 
 
@@ -38,6 +39,10 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
     config: Any = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    names = {module: name for name, module in model.named_modules()}
+    heads = {name: names[module.embedding] for module, name in names.items() if isinstance(module, TiedHead)}
+    if heads:
+        config.tie_word_embeddings = True
     with torch.device("meta"):
         plain = type(model)(config)
     replaced = {
@@ -49,6 +54,11 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
     for name, module in replaced.items():
         if name not in factors:
             model.set_submodule(name, _dense(module, plain.get_submodule(name)))
+    for name, embedding in heads.items():
+        head = cast(nn.Linear, plain.get_submodule(name))
+        head.weight = cast(nn.Embedding, model.get_submodule(embedding)).weight
+        model.set_submodule(name, head)
+        model.all_tied_weights_keys = plain.all_tied_weights_keys
     model.config = config
     mark(model, None)
     return model

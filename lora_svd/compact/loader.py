@@ -20,8 +20,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..allocation import FACTOR_FORMATS
 from ..errors import LoraSVDError
 from .checks import check_tensors, check_types, saved_shapes
-from .low_rank import LowRankLinear
 from .quantized import empty_quantized, inner_quantizer, keep_unpacked, quantized_names
+from .standalone import LowRankEmbedding, LowRankLinear, empty_low_rank, layer_features, tie_head
 
 FORMAT_VERSION = 1
 
@@ -32,6 +32,7 @@ class LoraSVDCompactConfig(QuantizationConfigMixin):
     Attributes:
         ranks: stored rank of each targeted module; one that is stored dense has ``min(out, in)``.
         splits: [m1, n1] of the modules that are sums of Kronecker products, as in ``LowRankLinear``.
+        tied: the low-rank embedding by the name of the output layer that uses it.
         factor_format: "pivoted" or "factors".
         dense_parameters: numbers in the targeted weights before compression, the denominator of ``param_ratio``.
         tied_parameters: those of them that were the weight of another module as well (a head tied to the embedding).
@@ -53,6 +54,7 @@ class LoraSVDCompactConfig(QuantizationConfigMixin):
         quantized: Iterable[str] = (),
         checksums: Mapping[str, str] | None = None,
         splits: Mapping[str, list[int]] | None = None,
+        tied: Mapping[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
         **_: Any,
     ) -> None:
@@ -70,11 +72,12 @@ class LoraSVDCompactConfig(QuantizationConfigMixin):
             quantized,
             splits,
             counts={"dense_parameters": dense_parameters, "tied_parameters": tied_parameters},
-            mappings={"method": method, "bitsandbytes": bitsandbytes, "checksums": checksums},
+            mappings={"method": method, "bitsandbytes": bitsandbytes, "checksums": checksums, "tied": tied},
         )
         self.quant_method: Any = "lora_svd"
         self.ranks = dict(ranks or {})
         self.splits = dict(splits or {})
+        self.tied = dict(tied or {})
         self.factor_format = factor_format
         self.dense_parameters = dense_parameters
         self.tied_parameters = tied_parameters
@@ -130,6 +133,10 @@ class LoraSVDCompactQuantizer(HfQuantizer):
             if len(plain.get(f"{saved_name}.weight", ())) == 2:  # stored dense, maybe for a head of another size
                 continue
             _replace(model, name, dense, rank, config.factor_format, config.splits.get(saved_name))
+        for saved_head, saved_name in config.tied.items():
+            (head, module), (name, embedding) = _find(model, saved_head), _find(model, saved_name)
+            if isinstance(embedding, LowRankEmbedding) and isinstance(module, nn.Linear):
+                tie_head(model, head, name)
         for saved_name in config.quantized:
             name, linear = _find(model, saved_name)
             if isinstance(linear, nn.Linear | Conv1D):
@@ -198,17 +205,14 @@ def _find(model: PreTrainedModel, name: str) -> tuple[str, nn.Module]:
 def _replace(
     model: PreTrainedModel, name: str, dense: nn.Module, rank: int, factor_format: str, split: list[int] | None
 ) -> None:
-    if isinstance(dense, Conv1D):
-        in_features, out_features = dense.nx, dense.nf
-    elif isinstance(dense, nn.Linear):
-        in_features, out_features = dense.in_features, dense.out_features
-    elif isinstance(dense, nn.Identity | LowRankLinear):
+    if isinstance(dense, nn.Identity | LowRankLinear):
         return  # stands for a head that this class of model does not have; or the code of the folder has put it there
-    else:
+    if not isinstance(dense, Conv1D | nn.Linear | nn.Embedding):
         raise LoraSVDError(
             f"{name}: named in this compact checkpoint's ranks, but it is {type(dense).__name__}, expected a linear "
-            "layer. Load it with the class it was saved from"
+            "layer or an embedding. Load it with the class it was saved from"
         )
+    in_features, out_features = layer_features(dense)
     m1, n1 = split or (out_features, 1)
     if out_features % m1 or in_features % n1:
         raise LoraSVDError(
@@ -220,15 +224,7 @@ def _replace(
     if rank == full_rank:
         return
     with torch.device("meta"):
-        new = LowRankLinear(
-            in_features,
-            out_features,
-            rank,
-            bias=dense.bias is not None,
-            factor_format=factor_format,
-            dtype=dense.weight.dtype,
-            split=None if split is None else (m1, n1),
-        )
+        new = empty_low_rank(dense, rank, factor_format, dense.weight.dtype, None if split is None else (m1, n1))
     model.set_submodule(name, new)
 
 
@@ -252,7 +248,7 @@ def describe_compact(model: nn.Module, config: LoraSVDCompactConfig, quantizatio
             parameter.requires_grad_(True)
     if not isinstance(model, PreTrainedModel):
         return
-    if config.tied_parameters:
+    if config.tied_parameters or config.tied:
         # Some configs (T5) read False as something else and tie anyway; the loader unties by the names in ranks.
         untied = {**model.config.to_dict(), "tie_word_embeddings": False}
         model.config.tie_word_embeddings = type(model.config).from_dict(untied).tie_word_embeddings

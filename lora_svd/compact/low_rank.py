@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..decompositions import Factors, Split, balance, pivot
-from .standalone import LowRankLinear, kronecker_output
+from .standalone import LowRankEmbedding, LowRankLinear, empty_low_rank, kronecker_output
 from .stored import full_precision
 
 
 def dense_weight(module: LowRankLinear) -> Tensor:
     """The weight (out, in) that a layer stands for, float64 on the CPU: rounded, it would have full rank."""
     left, right = (full_precision(layer).detach().cpu().double() for layer in (module.left, module.right))
+    right = right.T if isinstance(module, LowRankEmbedding) else right
     return stored_weight(left, right, module.order.cpu() if module.factor_format == "pivoted" else None, module.split)
 
 
@@ -24,7 +25,7 @@ def stored_weight(left: Tensor, right: Tensor, order: Tensor | None, split: Sequ
     """The weight (out, in) that the tensors of a :class:`LowRankLinear` stand for.
 
     Args:
-        left, right: weights of its two layers.
+        left, right: weights of its two layers, (k, in) of an embedding as well.
         order: its index, if it is pivoted.
         split: (m1, n1), if it is a sum of Kronecker products.
     """
@@ -64,35 +65,26 @@ def compact_module(result: Factors | Tensor, base: nn.Module, dense: Tensor, fac
 
     Args:
         result: factors, or a dense weight (out, in).
-        base: the linear layer that is replaced; its bias is copied.
+        base: the linear layer or embedding that is replaced; its bias is copied.
         dense: its weight, (out, in), for dtype and device.
     """
-    bias = base.bias.detach() if isinstance(base.bias, Tensor) else None
+    given = getattr(base, "bias", None)
+    bias = given.detach() if isinstance(given, Tensor) else None
     if isinstance(result, Tensor):
         return dense_module(result.to(dense.device, dense.dtype), base, bias)
-    out_features, in_features = dense.shape
     with torch.device("meta"):
-        module = LowRankLinear(
-            in_features,
-            out_features,
-            result.rank,
-            bias=bias is not None,
-            factor_format=factor_format,
-            dtype=dense.dtype,
-            split=result.split and result.split.stored,
-        )
+        module = empty_low_rank(base, result.rank, factor_format, dense.dtype, result.split and result.split.stored)
     module.to_empty(device=dense.device)
     with torch.no_grad():
         module.weight.zero_()
         if factor_format == "pivoted":
             pivoted = pivot(result)
-            module.right.weight.copy_(pivoted.rows)
-            module.left.weight.copy_(pivoted.coefficients)
+            left, right = pivoted.coefficients, pivoted.rows
             module.order.copy_(pivoted.order.argsort())
         else:
             left, right = _stored(balance(result))
-            module.right.weight.copy_(right)
-            module.left.weight.copy_(left)
+        module.left.weight.copy_(left)
+        module.right.weight.copy_(right.T if isinstance(module, LowRankEmbedding) else right)
         if bias is not None:
             (module.left.bias if module.bias is None else module.bias).copy_(bias)
     module.store_left_by_columns()
@@ -100,14 +92,16 @@ def compact_module(result: Factors | Tensor, base: nn.Module, dense: Tensor, fac
 
 
 def dense_module(weight: Tensor, like: nn.Module, bias: Tensor | None) -> nn.Module:
-    """A Conv1D if ``like`` is one, else an ``nn.Linear``, of a weight (out, in) and a copy of the bias."""
+    """A Conv1D or embedding if ``like`` is one, else an ``nn.Linear``, of a weight (out, in) and a copy of the bias."""
     out_features, in_features = weight.shape
     with torch.device("meta"):
         if isinstance(like, Conv1D):
             module: nn.Module = Conv1D(out_features, in_features)
+        elif isinstance(like, nn.Embedding):
+            module = nn.Embedding(in_features, out_features, padding_idx=like.padding_idx)
         else:
             module = nn.Linear(in_features, out_features, bias=bias is not None)
-    stored = weight.T if isinstance(like, Conv1D) else weight
+    stored = weight.T if isinstance(like, Conv1D | nn.Embedding) else weight
     module.weight = nn.Parameter(stored.contiguous())
     if bias is not None:
         module.bias = nn.Parameter(bias.clone())

@@ -19,7 +19,8 @@ from transformers.utils.import_utils import is_bitsandbytes_available
 from ..errors import LoraSVDError, NumericalError, in_module
 from ..linalg import Metrics, metric_times
 from ..rounding import fit_scales, mix, refit_left, round_weight
-from .low_rank import LowRankLinear, dense_weight
+from .low_rank import dense_weight
+from .standalone import LowRankEmbedding, LowRankLinear
 from .stored import full_precision, is_quantized
 
 BLOCK = 64  # numbers with one scale
@@ -88,8 +89,9 @@ def quantize_modules(
     """
     check_quantization(config)
     kept = set(get_keys_to_not_convert(model))
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-    factors = {id(factor) for module in layers.values() for factor in (module.left, module.right)}
+    low_rank = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    layers = {name: module for name, module in low_rank.items() if not isinstance(module, LowRankEmbedding)}
+    factors = {id(factor) for module in low_rank.values() for factor in (module.left, module.right)}
     others = {
         name: module
         for name, module in model.named_modules()

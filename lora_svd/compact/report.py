@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .loader import LoraSVDCompactConfig
-from .low_rank import LowRankLinear
+from .standalone import LowRankLinear
 from .stored import num_bytes, num_parameters
 
 

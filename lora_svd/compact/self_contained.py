@@ -20,7 +20,7 @@ MODULE = "modeling_compact"
 _CLASS = Template('''
 
 try:  # where the package is installed, its functions should know the layers
-    from lora_svd.compact import LowRankLinear
+    from lora_svd.compact import LowRankEmbedding, LowRankLinear, TiedHead
 except ImportError:
     pass
 

@@ -1,6 +1,6 @@
 """All that loads a compact checkpoint where lora_svd is not installed: shipped as it stands, see ``self_contained.py``.
 
-The low-rank layer, and how a dense model gets it. Imports nothing of lora_svd.
+The low-rank layers, and how a dense model gets them. Imports nothing of lora_svd.
 """
 
 from __future__ import annotations
@@ -88,6 +88,91 @@ class LowRankLinear(nn.Module):
         )
 
 
+class LowRankEmbedding(LowRankLinear):
+    """``y = left(right(id))``: a :class:`LowRankLinear` of unit vectors, ``in_features`` is the number of ids.
+
+    right is Embedding(in, k), whose weight is the other way round than a linear layer's, (in, k).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        padding_idx: int | None,
+        factor_format: str,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(in_features, out_features, rank, bias=False, factor_format=factor_format, dtype=dtype)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = in_features, out_features, padding_idx
+        self.right = nn.Embedding(in_features, rank, padding_idx=padding_idx, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Autocast does not change the type of an embedding, which the whole model goes on with."""
+        return super().forward(x).to(self.weight.dtype)
+
+    def transposed(self, h: Tensor) -> Tensor:
+        """``W^T h``, (..., in), of h (..., out)."""
+        left, right = self.left.weight.T, self.right.weight
+        if type(self.left) is not nn.Linear:  # a bypass is in its outputs, not in its weight
+            left = self.left(torch.eye(self.rank, dtype=right.dtype, device=right.device))
+        if type(self.right) is not nn.Embedding:
+            right = self.right(torch.arange(self.in_features, device=right.device))
+        if self.factor_format == "factors":
+            hidden = nn.functional.linear(h, left)
+        else:
+            h = h.index_select(-1, self.order.argsort())
+            hidden = h[..., : self.rank] + nn.functional.linear(h[..., self.rank :], left)
+        return nn.functional.linear(hidden, right)
+
+
+class TiedHead(nn.Module):
+    """An output layer whose weight is that of an embedding, whatever stands for it: it has no tensors of its own."""
+
+    bias = None
+
+    def __init__(self, embedding: Any) -> None:
+        super().__init__()
+        self._held = (embedding,)  # not as a part, or its tensors would be counted and saved twice
+        self.in_features, self.out_features = embedding.out_features, embedding.in_features
+
+    @property
+    def embedding(self) -> Any:
+        return self._held[0]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.embedding.weight
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.embedding.transposed(h)
+
+
+def layer_features(dense: Any) -> tuple[int, int]:
+    """(in, out) of a linear layer, transformers' Conv1D or an embedding."""
+    for names in (("nx", "nf"), ("num_embeddings", "embedding_dim")):
+        if hasattr(dense, names[0]):
+            return getattr(dense, names[0]), getattr(dense, names[1])
+    return dense.in_features, dense.out_features
+
+
+def empty_low_rank(
+    dense: Any, rank: int, factor_format: str, dtype: torch.dtype, split: tuple[int, int] | None
+) -> LowRankLinear:
+    """The low-rank layer that takes the place of ``dense``, without its weights."""
+    in_features, out_features = layer_features(dense)
+    if isinstance(dense, nn.Embedding):
+        padding = dense.padding_idx
+        return LowRankEmbedding(
+            in_features, out_features, rank, padding_idx=padding, factor_format=factor_format, dtype=dtype
+        )
+    has_bias = dense.bias is not None
+    return LowRankLinear(
+        in_features, out_features, rank, bias=has_bias, factor_format=factor_format, dtype=dtype, split=split
+    )
+
+
 def kronecker_output(
     x: Tensor, right: Callable[[Tensor], Tensor], left: Callable[[Tensor], Tensor], n1: int, m2: int
 ) -> Tensor:
@@ -105,21 +190,17 @@ def put_low_rank_layers(model: Any, description: Mapping[str, Any]) -> None:
     """Give an empty dense model the low-rank layers of ``description``, a ``LoraSVDCompactConfig`` as a dict."""
     for name, rank in description["ranks"].items():
         dense = model.get_submodule(name)
-        # transformers' Conv1D says nx and nf
-        in_features, out_features = getattr(dense, "nx", None) or dense.in_features, getattr(dense, "nf", None)
-        out_features = out_features or dense.out_features
         model.all_tied_weights_keys.pop(f"{name}.weight", None)
         split = description.get("splits", {}).get(name)
-        if split is not None or rank < min(in_features, out_features):
-            has_bias, dtype = dense.bias is not None, dense.weight.dtype
-            form = description["factor_format"]
-            new = LowRankLinear(
-                in_features,
-                out_features,
-                rank,
-                bias=has_bias,
-                factor_format=form,
-                dtype=dtype,
-                split=None if split is None else tuple(split),
-            )
+        if split is not None or rank < min(layer_features(dense)):
+            split = None if split is None else tuple(split)
+            new = empty_low_rank(dense, rank, description["factor_format"], dense.weight.dtype, split)
             model.set_submodule(name, new)
+    for name, embedding in description.get("tied", {}).items():
+        tie_head(model, name, embedding)
+
+
+def tie_head(model: Any, name: str, embedding: str) -> None:
+    """Let an output layer use the low-rank embedding that it is tied to."""
+    model.all_tied_weights_keys.pop(f"{name}.weight", None)
+    model.set_submodule(name, TiedHead(model.get_submodule(embedding)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..compact import ParameterReport, num_bytes
+from ..compact import LowRankEmbedding, ParameterReport, num_bytes
 from ..evaluation import Perplexity
 from ..run_report import RunReport
 from .messages import Messages
@@ -69,17 +69,19 @@ def bytes_by_part(model: nn.Module) -> dict[str, int]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # pyright: ignore[reportCallIssue]
     parts = dict.fromkeys(PARTS, 0)
     in_head = {id(module) for module in head.modules()} if isinstance(head, nn.Module) else set()
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding | LowRankEmbedding)]
+    in_embeddings = {id(part) for module in embeddings for part in module.modules()}
     seen: set[int] = set()
     for name, module in model.named_modules():
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                parts[_part(name, module, in_head)] += num_bytes(tensor)
+                parts[_part(name, module, in_embeddings, in_head)] += num_bytes(tensor)
     return parts
 
 
-def _part(name: str, module: nn.Module, in_head: set[int]) -> str:
-    if isinstance(module, nn.Embedding):
+def _part(name: str, module: nn.Module, in_embeddings: set[int], in_head: set[int]) -> str:
+    if id(module) in in_embeddings:
         return "embeddings"
     if id(module) in in_head:
         return "head"
