@@ -15,7 +15,8 @@ from .decompositions import DECOMPOSITIONS
 from .errors import LoraSVDError
 from .importance import IMPORTANCES
 from .layer import FACTOR_SCALE, LoraSVDLinear
-from .statistics import STATISTICS, Observe, TokenObservation, token_summand
+from .statistics import STATISTICS, token_summand
+from .tokens import Observe, TokenObservation
 
 if TYPE_CHECKING:
     from .config import LoraSVDConfig

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +15,9 @@ from peft.tuners.tuners_utils import (
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
-    resolve_quantization_backend,
 )
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from transformers.pytorch_utils import Conv1D
 
 from .compact import LowRankEmbedding, LowRankLinear, TiedHead, keep_unpacked, tie_head
 from .config import LoraSVDConfig
@@ -31,7 +27,9 @@ from .errors import LoraSVDError
 from .layer import SAVED, LoraSVDLinear
 from .observation import keep_to_limit
 from .peft_type import PREFIX
-from .statistics import COUNTS, STATISTICS, SharedGram
+from .statistics import COUNTS, STATISTICS
+from .targets import aliases, is_plain_linear, is_quantized_linear, patterns, warn_of_fused_weights
+from .tokens import SharedGram
 
 
 class InjectedModel(BaseTuner):
@@ -48,7 +46,7 @@ class InjectedModel(BaseTuner):
             self._given_ranks: dict[str, dict[str, int] | None] = {}  # compact_ranks that the user chose, by adapter
             self._trained: dict[str, dict[str, Factors]] = {}  # factors as training left them, by adapter and layer
             self._unpacked = keep_unpacked(model)
-            self._aliases = _aliases(model)
+            self._aliases = aliases(model)
             self._heads: dict[str, tuple[nn.Module, str]] = {}  # tied to an embedding with a bypass; its name
         if config.param_ratio < 1 and any(isinstance(module, LowRankLinear) for module in model.modules()):
             raise LoraSVDError(
@@ -56,7 +54,7 @@ class InjectedModel(BaseTuner):
                 "a LoRA on it. To make it smaller still, give lora_svd.compact.densify(model) to get_peft_model"
             )
         if not (config.inference_mode or config.compressed):
-            _warn_of_fused_weights(model)
+            warn_of_fused_weights(model)
         self._trained.pop(adapter_name, None)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -99,13 +97,13 @@ class InjectedModel(BaseTuner):
         if isinstance(target, LoraSVDLinear):
             target.update_layer(adapter_name, peft_config, key=current_key, r=r, lora_alpha=alpha)
             return
-        if not (is_embedding or is_plain_linear(base) or _is_quantized_linear(base)):
+        if not (is_embedding or is_plain_linear(base) or is_quantized_linear(base)):
             names = {name: type(module) is type(base) for name, module in self.model.named_modules()}
             raise TypeError(
                 f"target_modules: {current_key} is {type(base).__name__}, which is not supported; expected "
                 "torch.nn.Linear, torch.nn.Embedding or transformers Conv1D, without a forward of its own, or a "
                 "quantized linear layer. "
-                f"Name others, or leave this kind out: exclude_modules={_patterns(filter(names.get, names), names)}"
+                f"Name others, or leave this kind out: exclude_modules={patterns(filter(names.get, names), names)}"
             )
         if target in self._aliases:
             names = self._aliases[target]
@@ -265,83 +263,6 @@ def _check_saved(name: str, layer: LoraSVDLinear, adapter_name: str, saved: Mapp
                 f"{name}.{PREFIX}{part}: has shape {tuple(found.shape)} in this adapter, expected {shape}; load it "
                 "into the model it was trained on, with its own adapter_config.json"
             )
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Not a subclass that computes something else, such as a router, which factors could not take the place of."""
-    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in (nn.Linear, Conv1D))
-
-
-def _is_quantized_linear(module: nn.Module) -> bool:
-    backend = resolve_quantization_backend(module)
-    return backend is not None and backend.layer_type == "linear" and backend.supports_merge
-
-
-def check_called(layers: Mapping[str, LoraSVDLinear], adapter_name: str) -> None:
-    """Raise if the model computes with the weight of a targeted layer and does not call the layer, after a backward
-    pass: its bypass would not be trained, and the model that is saved could not use its factors.
-
-    Warn of layers that were neither called nor read: a pooler without a part in the loss stops the run when its warm-up
-    is over, an expert without tokens may get some in a later batch.
-    """
-    untrained = [name for name, layer in layers.items() if layer.lora_svd_B[adapter_name].grad is None]
-    bypassed = [name for name in untrained if layers[name].weight_was_read]
-    unused = [name for name in untrained if name not in bypassed]
-    if unused and len(untrained) < len(layers):
-        warnings.warn(
-            f"{_shortened(unused)} had no part in the loss of the first batch. A layer that has none in the whole "
-            f"warm-up cannot be compressed: leave it out then, exclude_modules={_patterns(unused, layers)}",
-            stacklevel=3,
-        )
-    if bypassed:
-        raise LoraSVDError(
-            f"target_modules: the model uses the weights of {_shortened(bypassed)} and does not call these layers, so "
-            f"they can be neither trained nor replaced. Leave them out: exclude_modules={_patterns(bypassed, layers)}"
-        )
-
-
-def _patterns(names: Iterable[str], among: Iterable[str]) -> list[str]:
-    """The shortest ends of ``names`` that no other of ``among`` has."""
-    names = set(names)
-    others = {end for name in among if name not in names for end in _ends(name)}
-    return sorted({next((end for end in _ends(name) if end not in others), name) for name in names})
-
-
-def _ends(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
-
-
-def _aliases(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """The names of every module that is the child of more than one, or twice of one."""
-    names: dict[nn.Module, list[str]] = {}
-    for parent_name, parent in model.named_modules():
-        for name, child in parent._modules.items():
-            if child is not None:
-                names.setdefault(child, []).append(f"{parent_name}.{name}".removeprefix("."))
-    return {module: found for module, found in names.items() if len(found) > 1}
-
-
-def _warn_of_fused_weights(model: nn.Module) -> None:
-    sizes = {
-        f"{name}.{of}": parameter.numel()
-        for name, module in model.named_modules()
-        if not isinstance(module, _ConvNd)
-        for of, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and len(parameter) > 1
-    }
-    if sizes:
-        share = sum(sizes.values()) / sum(parameter.numel() for parameter in model.parameters())
-        warnings.warn(
-            f"{share:.1%} of the parameters are in 3-D weights (fused experts or heads), which are left as they are: "
-            f"{_shortened(sizes)}. param_ratio is of the other targeted layers",
-            stacklevel=2,
-        )
-
-
-def _shortened(names: Iterable[str]) -> str:
-    first, *rest = names
-    return f"{first} and {len(rest)} more" if rest else first
 
 
 def _of_pattern(field: str, pattern: dict[str, int], name: str) -> int | None:

@@ -20,7 +20,7 @@ from .decompositions import DECOMPOSITIONS, Factors, Split, balance
 from .errors import LoraSVDError, NumericalError
 from .observation import STATE, ObservedLayer
 from .peft_type import PREFIX
-from .statistics import SharedGram
+from .tokens import SharedGram
 
 if TYPE_CHECKING:
     from .config import LoraSVDConfig

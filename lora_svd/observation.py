@@ -20,17 +20,15 @@ from .statistics import (
     COUNTS,
     STATISTICS,
     LayerStatistics,
-    Observe,
-    SharedGram,
     StepObservation,
     input_sketch,
     is_gram,
-    observe_tokens,
     pack,
     stored_shape,
     token_summand,
 )
 from .statistics_limit import choose_sketches, describe_sketches
+from .tokens import Observe, SharedGram, observe_tokens
 
 if TYPE_CHECKING:
     from .config import LoraSVDConfig

@@ -22,10 +22,11 @@ from .config import LoraSVDConfig, check_param_ratio
 from .distillation import as_it_was, distillation_loss, label_positions
 from .errors import LoraSVDError, NumericalError, in_module
 from .importance import IMPORTANCES
-from .injection import InjectedModel, check_called
+from .injection import InjectedModel
 from .layer import LoraSVDLinear
 from .observation import pack_statistics
 from .schedule import Schedule, build_schedule
+from .targets import check_called
 
 
 class PhasedModel(InjectedModel):

@@ -13,7 +13,8 @@ from torch import nn
 from lora_svd import LoraSVDConfig
 from lora_svd.importance import IMPORTANCES
 from lora_svd.layer import LoraSVDLinear
-from lora_svd.statistics import STATISTICS, SharedGram, observe_tokens, pack, unpack
+from lora_svd.statistics import STATISTICS, pack, unpack
+from lora_svd.tokens import SharedGram, observe_tokens
 
 NAMES = ("query", "key", "out")
 TOKEN_STATISTICS = [name for name, statistic in STATISTICS.items() if statistic.per == "token"]

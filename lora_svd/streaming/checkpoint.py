@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import LoraSVDConfig
 from ..errors import LoraSVDError
-from ..injection import is_plain_linear
+from ..targets import is_plain_linear
 from ..weights import Tensors, skeleton
 
 

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..statistics import COUNTS, LayerStatistics, SharedGram, observe_tokens, token_summand
+from ..statistics import COUNTS, LayerStatistics, token_summand
+from ..tokens import SharedGram, observe_tokens
 from .blocks import BlockCall, embed, loss_gradient, record_calls
 from .cache import Cache, save_whole
 from .checkpoint import Checkpoint

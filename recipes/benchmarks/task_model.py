@@ -195,8 +195,8 @@ def one_shot(bench: Benchmark, size: float, seed: int, **choices: Any) -> Any:
 
 
 def retraining_rate(bench: Benchmark, size: float) -> float:
-    """At which a cut model is trained again; of three the best for "svd + training" on kept-out sentences. What has lost
-    little is trained little."""
+    """At which a cut model is trained again: what has lost little is trained little. Of three rates the best for
+    "svd + training" on kept-out sentences."""
     return bench.given.learning_rate / 6 if size > 0.5 else bench.given.learning_rate
 
 
