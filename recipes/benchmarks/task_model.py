@@ -6,9 +6,10 @@
         --results recipes/benchmarks/task_model.jsonl --task movie_reviews
 
 A result is one row at one size and seed; it is appended and never run again. Sizes are shares of the linear layers of
-the encoder's blocks; embeddings, biases and the head stay whole. Every row has the same budget: the dense model is
-trained on the task for ``--dense_steps``, a row that trains for ``--steps`` more, of which ``--observed_steps`` are
-observed; "one run" starts from the encoder, which knows no task, and has all of these steps in one Trainer run.
+the encoder's blocks; embeddings, biases and the head stay whole. In "albert" and "ours, embedding" they are shares of
+the token embedding, and all else stays whole. Every row has the same budget: the dense model is trained on the task for
+``--dense_steps``, a row that trains for ``--steps`` more, of which ``--observed_steps`` are observed; "one run" starts
+from the encoder, which knows no task, and has all of these steps in one Trainer run.
 """
 
 from __future__ import annotations
@@ -265,12 +266,15 @@ class Row:
     dense: bool = False
 
 
+EMBEDDING = {"target_modules": ["word_embeddings"], "modules_to_save": ["LayerNorm", "pooler", "classifier"]}
 METHODS: dict[str, dict[str, Any]] = {
     "svd": {"importance": "none", **PUBLISHED},
     "fwsvd": {"importance": "fisher", **PUBLISHED},
     "tfwsvd": {"importance": "fisher_elementwise", "decomposition": "elementwise", **PUBLISHED},
     "shapeshifter": {"importance": "none", "decomposition": "kronecker", **PUBLISHED},
     "ours, kronecker": {"importance": "kronecker"},
+    "albert": {"importance": "none", **PUBLISHED, **EMBEDDING},
+    "ours, embedding": {"importance": "kronecker", **EMBEDDING},
 }
 ROWS = {
     "dense": Row(dense, dense=True),
