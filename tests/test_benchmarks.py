@@ -24,7 +24,9 @@ def test_every_benchmark_is_run_here() -> None:
         "cost_inference.py",
         "cost_training.py",
         "figure.py",
+        "kngpt2.py",
         "lora_prune.py",
+        "lpaf.py",
         "neuron_selection.py",
         "task_data.py",  # in test_real_model.py
     }
