@@ -70,6 +70,7 @@ def aliases(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 
 def warn_of_fused_weights(model: nn.Module) -> None:
+    """Say which share of the parameters is in 3-D weights, which no factorization here takes."""
     sizes = {
         f"{name}.{of}": parameter.numel()
         for name, module in model.named_modules()

@@ -17,8 +17,9 @@ For a model that was fine-tuned, all of its parameters trained, in three stages:
 The authors' code is not public. What the paper leaves open is chosen here: scores compete within a layer, and the mask
 keeps as many weights as the factors have numbers. The paper's score has a sign, ``-sum (dL/dW') * W``, so that what
 training drives towards zero goes first. In runs of hundreds of steps the sign of a large term is chance, and the lowest
-scores are those of weights that matter: a fifth of MiniLM's weights removed that way leaves an accuracy on SST-2 of
-0.500, by the absolute score here 0.888, the dense model being at 0.890. So the stronger of the two is the baseline.
+scores are those of weights that matter: a fifth of MiniLM's weights removed that way, after 35 steps and before any
+training, leaves an accuracy of 0.500 on 400 kept-out sentences of SST-2, by the absolute score here 0.888. So the
+stronger of the two is the baseline.
 """
 
 from __future__ import annotations
