@@ -18,6 +18,15 @@ from .svd import weighted_spectrum, weighted_svd
 _DEARER = 1.1  # a term may cost this much more than the cheapest one
 
 
+def splits(out_features: int, in_features: int) -> list[Split]:
+    """All shapes of A and B for a weight of that shape: a pair of divisors each."""
+    return [
+        Split(m1, n1, out_features // m1, in_features // n1)
+        for m1 in _divisors(out_features)
+        for n1 in _divisors(in_features)
+    ]
+
+
 @cache
 def kronecker_split(out_features: int, in_features: int) -> Split:
     """The shapes of A (m1, n1) and B (m2, n2) for a weight of that shape.
@@ -28,13 +37,9 @@ def kronecker_split(out_features: int, in_features: int) -> Split:
     query at 60 % is 0.505 with A 192 x 2, 0.541 with 64 x 6, 0.545 with 24 x 16 (and 0.552 for random numbers in any
     split, 0.435 in low rank). Low rank itself is chosen only where the sizes have no divisors for anything else.
     """
-    splits = [
-        Split(m1, n1, out_features // m1, in_features // n1)
-        for m1 in _divisors(out_features)
-        for n1 in _divisors(in_features)
-    ]
-    least = min(sum(split.shape) for split in splits if split.is_none or split.full_rank > 1)
-    cheap = [split for split in splits if sum(split.shape) <= _DEARER * least]
+    possible = splits(out_features, in_features)
+    least = min(sum(split.shape) for split in possible if split.is_none or split.full_rank > 1)
+    cheap = [split for split in possible if sum(split.shape) <= _DEARER * least]
     return min(cheap, key=lambda split: (_is_low_rank(split), split.n1 * split.m2 * (split.m1 + split.n2), split.n1))
 
 

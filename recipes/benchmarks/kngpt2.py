@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lora_svd.compact import compact_module
 from lora_svd.decompositions import Factors, Split
+from lora_svd.decompositions.kronecker import splits
 from lora_svd.decompositions.svd import weighted_svd
 from lora_svd.linalg import Metrics
 
@@ -50,17 +51,12 @@ def nearest_product(weight: Tensor, param_ratio: float) -> Factors:
     Raises:
         ValueError: even the smallest product is larger.
     """
-    out_features, in_features = weight.shape
-    splits = [
-        Split(m1, n1, out_features // m1, in_features // n1)
-        for m1 in divisors(out_features)
-        for n1 in divisors(in_features)
-    ]
-    affordable = [split for split in splits if sum(split.shape) <= param_ratio * weight.numel()]
+    possible = splits(*weight.shape)
+    affordable = [split for split in possible if sum(split.shape) <= param_ratio * weight.numel()]
     if not affordable:
         raise ValueError(
             f"param_ratio: {param_ratio} is too small for one product of a weight of {tuple(weight.shape)}, expected "
-            f"at least {min(sum(split.shape) for split in splits) / weight.numel():.3f}"
+            f"at least {min(sum(split.shape) for split in possible) / weight.numel():.3f}"
         )
     largest = max(sum(split.shape) for split in affordable)
     terms = [one_term(weight, split) for split in affordable if sum(split.shape) == largest]
@@ -71,10 +67,6 @@ def one_term(weight: Tensor, split: Split) -> Factors:
     """The nearest product of a split."""
     factors = weighted_svd(split.rearranged(weight), Metrics(), 1)
     return Factors(factors.left, factors.right, split)
-
-
-def divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 @contextmanager

@@ -169,8 +169,8 @@ class Benchmark:
 
     def block_linears(self, model: torch.nn.Module) -> list[str]:
         """Names of the linear layers that are cut."""
-        named = ((name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
-        return [name for name, _ in named if not any(whole in name for whole in self.given.whole)]
+        linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        return [name for name in linears if not any(whole in name for whole in self.given.whole)]
 
     def adapted(self, model: Any, **choices: Any) -> Any:
         """A model with a LoraSVD adapter in its blocks, and all that is beside them trained."""
