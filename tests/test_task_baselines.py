@@ -10,6 +10,7 @@ import pytest
 import torch
 from kngpt2 import kronecker_products, nearest_product, taught_by
 from lpaf import MixedRankLinear, Mixing, Pruning, consistent, unwrap, wrap
+from tensorgpt import best_shape, contracted, numbers, ordered_factorizations, tensor_train, tensor_trains
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -182,3 +183,52 @@ def test_kngpt2_learns_from_predictions_and_hidden_states() -> None:
     distance = distance + sum((a - b).double().square().mean() for a, b in states)
     torch.testing.assert_close(loss.double(), seen.loss.double() + distance, atol=1e-5, rtol=1e-5)
     assert model(input_ids=IDS).hidden_states is None
+
+
+# -- TensorGPT ---------------------------------------------------------------------------------------------------------
+
+
+def test_tensorgpt_tries_every_ordered_factorization() -> None:
+    assert set(ordered_factorizations(12)) == {(12,), (2, 6), (6, 2), (3, 4), (4, 3), (2, 2, 3), (2, 3, 2), (3, 2, 2)}
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4), (2, 3, 2, 2)])
+def test_tensorgpt_with_all_ranks_is_the_vector(shape: tuple[int, ...]) -> None:
+    vectors = torch.randn(5, 24, dtype=torch.float64)
+    cores = tensor_train(vectors, shape, 24)
+    torch.testing.assert_close(contracted(cores), vectors)
+    letters = iter("abcd")  # the same product as one sum over all bonds
+    terms = [f"x{left}{next(letters)}{right}" for left, right in zip("stuv", "tuvw", strict=True)][: len(shape)]
+    dense = torch.einsum(",".join(terms) + "->x" + "abcd"[: len(shape)], *cores)
+    torch.testing.assert_close(dense.reshape(5, 24), vectors)
+
+
+@pytest.mark.parametrize(("shape", "bond"), [((6, 4), 2), ((2, 3, 4), 1), ((2, 3, 4), 2)])
+def test_tensorgpt_loses_no_more_than_the_sum_of_what_each_bond_must_lose(shape: tuple[int, ...], bond: int) -> None:
+    vectors = torch.randn(7, 24, dtype=torch.float64)
+    cores = tensor_train(vectors, shape, bond)
+    assert sum(core[0].numel() for core in cores) == numbers(shape, bond)
+    lost = (vectors - contracted(cores)).square().sum(-1)
+    rows = [torch.tensor(shape[:k]).prod() for k in range(1, len(shape))]
+    tails = [torch.linalg.svdvals(vectors.reshape(7, int(n), -1))[:, bond:].square().sum(-1) for n in rows]
+    assert bool((lost <= sum(tails) + 1e-9).all())  # Oseledets 2011, theorem 2.2
+    assert bool((lost >= torch.stack(tails).amax(0) - 1e-9).all())
+
+
+@pytest.mark.parametrize("param_ratio", [0.8, 0.5, 0.4])
+def test_tensorgpt_keeps_the_embedding_within_its_share(param_ratio: float) -> None:
+    model, _ = tiny()
+    dense = copy.deepcopy(model)
+    weight = model.get_input_embeddings().weight.detach()
+    shape, bond = best_shape(weight, param_ratio)
+    tensor_trains(model, param_ratio)
+    cut = parameter_report(dense).parameters - parameter_report(model).parameters
+    assert cut == len(weight) * (24 - numbers(shape, bond)) >= (1 - param_ratio) * weight.numel()
+    rows = contracted(tensor_train(weight, shape, bond))
+    torch.testing.assert_close(model.get_input_embeddings()(IDS), rows[IDS])
+    model(IDS, labels=LABELS).loss.backward()
+
+
+def test_tensorgpt_says_what_it_needs() -> None:
+    with pytest.raises(ValueError, match=r"param_ratio: 0\.3 is too small for a width of 24, expected at least 0\.375"):
+        best_shape(torch.randn(3, 24), 0.3)

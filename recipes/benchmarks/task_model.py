@@ -6,10 +6,10 @@
         --results recipes/benchmarks/task_model.jsonl --task movie_reviews
 
 A result is one row at one size and seed; it is appended and never run again. Sizes are shares of the linear layers of
-the encoder's blocks; embeddings, biases and the head stay whole. In "albert" and "ours, embedding" they are shares of
-the token embedding, and all else stays whole. Every row has the same budget: the dense model is trained on the task for
-``--dense_steps``, a row that trains for ``--steps`` more, of which ``--observed_steps`` are observed; "one run" starts
-from the encoder, which knows no task, and has all of these steps in one Trainer run.
+the encoder's blocks; embeddings, biases and the head stay whole. Those of "albert", "tensorgpt" and "ours, embedding"
+are shares of the token embedding, and all else stays whole. Every row has the same budget: the dense model is trained
+on the task for ``--dense_steps``, a row that trains for ``--steps`` more, of which ``--observed_steps`` are observed;
+"one run" starts from the encoder, which knows no task, and has all of these steps in one Trainer run.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from kngpt2 import kronecker_products, taught_by
 from lora_prune import lora_prune
 from lpaf import prune, train_mixed, unwrap, wrap
 from peft import get_peft_model
+from tensorgpt import tensor_trains
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -98,7 +99,7 @@ class Benchmark:
                 with memory.watch():
                     model = row.make(self, size, seed)
                 cost = {"seconds": round(time.perf_counter() - start, 1), "peak_mebibytes": memory.mebibytes}
-                self.results.add(key | cost | self.measure(model))
+                self.results.add(key | {"bf16": given.bf16} | cost | self.measure(model))
 
     def measure(self, model: Any) -> dict[str, Any]:
         """Size, accuracy and speed of a finished model."""
@@ -218,6 +219,13 @@ def kngpt2(bench: Benchmark, size: float, seed: int, *, trained: bool) -> Any:
     return model
 
 
+def tensorgpt(bench: Benchmark, size: float, seed: int, *, trained: bool) -> Any:
+    """Every token's embedding as a tensor train, without training or with."""
+    model = tensor_trains(bench.dense(seed), size)
+    rate = retraining_rate(bench, size)
+    return bench.train(model, steps=bench.given.steps, rate=rate, seed=seed) if trained else model
+
+
 def lpaf(bench: Benchmark, size: float, seed: int, *, trained: bool) -> Any:
     """Pruned and factorized, without training (as many steps are observed as elsewhere) or with, half of it pruning."""
     given, model = bench.given, bench.dense(seed)
@@ -283,6 +291,8 @@ ROWS = {
     **{f"{name} + training": Row(partial(retrained, **choices)) for name, choices in METHODS.items()},
     "kngpt2": Row(partial(kngpt2, trained=False)),
     "kngpt2 + training": Row(partial(kngpt2, trained=True)),
+    "tensorgpt": Row(partial(tensorgpt, trained=False)),
+    "tensorgpt + training": Row(partial(tensorgpt, trained=True)),
     "lpaf": Row(partial(lpaf, trained=False)),
     "lpaf + training": Row(partial(lpaf, trained=True)),
     "loraprune + training": Row(pruned),
