@@ -115,6 +115,10 @@ class Row:
 
 
 EMBEDDING = {"target_modules": ["word_embeddings"], "modules_to_save": ["LayerNorm", "pooler", "classifier"]}
+BLOCKS_AND_EMBEDDING = {
+    "target_modules": r".*\.(query|key|value|word_embeddings)|.*\.encoder\..*\.dense",
+    "modules_to_save": ["position_embeddings", "token_type_embeddings", *EMBEDDING["modules_to_save"]],
+}
 METHODS: dict[str, dict[str, Any]] = {
     "svd": {"importance": "none", **PUBLISHED},
     "fwsvd": {"importance": "fisher", **PUBLISHED},
@@ -138,4 +142,5 @@ ROWS = {
     "loraprune + training": Row(pruned),
     "ours, one run": Row(partial(ours, one_run=True)),
     "ours, distilled": Row(partial(ours, distillation=0.5)),
+    "ours, embedding, distilled": Row(partial(ours, distillation=0.5, **BLOCKS_AND_EMBEDDING)),
 }
