@@ -28,7 +28,14 @@ from .layer import SAVED, LoraSVDLinear
 from .observation import keep_to_limit
 from .peft_type import PREFIX
 from .statistics import COUNTS, STATISTICS
-from .targets import aliases, is_plain_linear, is_quantized_linear, patterns, warn_of_fused_weights
+from .targets import (
+    aliases,
+    check_modules_to_save,
+    is_plain_linear,
+    is_quantized_linear,
+    patterns,
+    warn_of_fused_weights,
+)
 from .tokens import SharedGram
 
 
@@ -53,6 +60,7 @@ class InjectedModel(BaseTuner):
                 f"param_ratio: got {config.param_ratio} for a model that is compact already, expected 1, which trains "
                 "a LoRA on it. To make it smaller still, give lora_svd.compact.densify(model) to get_peft_model"
             )
+        check_modules_to_save(model, config.modules_to_save or ())
         if not (config.inference_mode or config.compressed):
             warn_of_fused_weights(model)
         self._trained.pop(adapter_name, None)

