@@ -299,3 +299,12 @@ def test_saved_with_a_card_that_states_its_size(folder: Path) -> None:
     assert f"{size.parameters:,} of {size.dense_parameters:,} parameters,\n{size.bytes:,} bytes" in card
     assert f'from_pretrained("{folder.name}")' in card
     assert "base_model" not in card  # it was made in memory; the Hub would refuse what is no model id
+
+
+def test_card_loads_a_model_as_what_it_is(folders: dict[str, Path]) -> None:
+    for name in KINDS:
+        code = (folders[name] / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+        loading = [line for line in code.splitlines() if not line.startswith("tokenizer = ")]
+        namespace: dict[str, Any] = {}
+        exec("\n".join(loading).replace(f'"{name}"', repr(str(folders[name]))), namespace)
+        assert type(namespace["model"]) is ARCHITECTURES[name].model

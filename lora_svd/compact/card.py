@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from string import Template
 
-from .report import ParameterReport
+from transformers import PreTrainedModel
+
+from .report import ParameterReport, parameter_report
+from .self_contained import auto_classes
 
 _TEMPLATE = Template("""\
 ---
@@ -26,9 +29,9 @@ importance-weighted low-rank factors, and the bypasses were folded into the fact
 
 ```python
 import lora_svd  # before from_pretrained
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import $auto_class, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("$folder")
+model = $auto_class.from_pretrained("$folder")
 tokenizer = AutoTokenizer.from_pretrained("$folder")
 ```
 
@@ -46,7 +49,15 @@ _SIZE = Template("""\
 $bytes bytes.""")
 
 
-def compact_card(size: ParameterReport, model: str, folder: str, sections: str = "") -> str:
+def card_of(model: PreTrainedModel, folder: str) -> str:
+    """The text for a model that is loaded from ``folder``."""
+    auto_class = next(iter(auto_classes(model)), "AutoModel")
+    return compact_card(parameter_report(model), model.name_or_path or "", folder, auto_class=auto_class)
+
+
+def compact_card(
+    size: ParameterReport, model: str, folder: str, sections: str = "", auto_class: str = "AutoModelForCausalLM"
+) -> str:
     """The card's text.
 
     Args:
@@ -54,6 +65,7 @@ def compact_card(size: ParameterReport, model: str, folder: str, sections: str =
         model: what it was made from, a local folder or a name on the Hub.
         folder: name or path under which a reader loads it.
         sections: Markdown with what is known of it; empty: its size.
+        auto_class: the class of transformers that loads it.
     """
     # A local folder is no model id of the Hub, whose checker would refuse the card.
     is_name = bool(model) and not Path(model).exists()
@@ -65,5 +77,6 @@ def compact_card(size: ParameterReport, model: str, folder: str, sections: str =
         param_percent=f"{size.param_ratio:.1%}",
         model=model or "a model",
         folder=folder,
+        auto_class=auto_class,
         sections=sections or _SIZE.substitute(counts, **ratios),
     )

@@ -8,8 +8,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, HfApi
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .card import compact_card
-from .report import parameter_report
+from .card import card_of
 from .saving import save_compact
 
 
@@ -34,6 +33,5 @@ def push_compact(
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "compact"
         save_compact(model, folder, tokenizer)
-        card = compact_card(parameter_report(model), model.name_or_path or "", repo_id)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(card_of(model, repo_id), encoding="utf-8")
         return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a compact model")

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints import checksums
 from ..errors import LoraSVDError
-from .card import compact_card
-from .report import parameter_report
+from .card import card_of
 from .self_contained import write_code
 
 
@@ -32,12 +31,13 @@ def save_compact(
     unfinished folder, ``.FOLDER-*.part``, which the next one names in a warning. Plain ``save_pretrained`` writes in
     place.
 
-    Reload with ``import lora_svd; AutoModelForCausalLM.from_pretrained(folder)``; with ``self_contained`` also without
-    this package, by ``from_pretrained(folder, trust_remote_code=True)``, which runs the code that is then saved with
-    it and compares no checksums. With this package it compares the SHA-256 of the weights' files with those in
-    ``config.json`` (about 1 s for a gigabyte), so that a changed bit or a file of another save is found; not a change
-    of ``config.json`` itself, nor of a tokenizer. What was saved by plain ``save_pretrained`` has no checksums: there
-    only files that are cut off, and tensors that are missing or of another shape, are found.
+    Reload with ``import lora_svd`` and the auto class that the card names, such as
+    ``AutoModelForCausalLM.from_pretrained(folder)``; with ``self_contained`` also without this package, by
+    ``from_pretrained(folder, trust_remote_code=True)``, which runs the code that is then saved with it and compares no
+    checksums. With this package it compares the SHA-256 of the weights' files with those in ``config.json`` (about 1 s
+    for a gigabyte), so that a changed bit or a file of another save is found; not a change of ``config.json`` itself,
+    nor of a tokenizer. What was saved by plain ``save_pretrained`` has no checksums: there only files that are cut off,
+    and tensors that are missing or of another shape, are found.
 
     Raises:
         LoraSVDError: the folder holds something else than a model, which would be lost, or it cannot be written.
@@ -70,8 +70,7 @@ def _save(
         add_checksums(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-        card = compact_card(parameter_report(model), model.name_or_path or "", folder.name)
-        (staging / "README.md").write_text(card, encoding="utf-8")
+        (staging / "README.md").write_text(card_of(model, folder.name), encoding="utf-8")
         staging.chmod(0o755)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():

@@ -47,19 +47,24 @@ def write_code(model: PreTrainedModel, folder: Path) -> None:
     if not isinstance(described, LoraSVDCompactConfig) or described.quantized:
         kind = "a model in 4 or 8 bits" if isinstance(described, LoraSVDCompactConfig) else "one that is not compact"
         raise LoraSVDError(f"self_contained: got {kind}, expected a compact model in full precision; leave it out")
-    autos = [name for name, auto in vars(modeling_auto).items() if _maps(auto, model)]
+    autos = auto_classes(model)
     if getattr(transformers, base.__name__, None) is not base or not autos:
         raise LoraSVDError(
             f"self_contained: got {base.__name__}, expected a class of transformers with an auto class; leave it out"
         )
-    auto = next((name for name in autos if name != "AutoModelForPreTraining"), autos[0])
     source = inspect.getsource(standalone).replace("import torch\n", "import torch\nimport transformers\n", 1)
-    code = source + _CLASS.substitute(base=base.__name__, auto=auto)
+    code = source + _CLASS.substitute(base=base.__name__, auto=autos[0])
     (folder / f"{MODULE}.py").write_text(code, encoding="utf-8")
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["auto_map"] = dict.fromkeys(autos, f"{MODULE}.Compact{base.__name__}")
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def auto_classes(model: PreTrainedModel) -> list[str]:
+    """Names of the auto classes of transformers that make models of this class, the one to load it with first."""
+    found = [name for name, auto in vars(modeling_auto).items() if _maps(auto, model)]
+    return sorted(found, key=lambda name: name == "AutoModelForPreTraining")
 
 
 def _maps(auto: Any, model: PreTrainedModel) -> bool:
