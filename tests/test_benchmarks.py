@@ -93,7 +93,7 @@ def test_task_model_benchmark_fills_its_table_and_resumes(tmp_path: Path) -> Non
         printed = run(tmp_path, "task_model.py", *words)
     assert printed == ""
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert len({row["row"] for row in rows}) == len(rows) == 26
+    assert len({row["row"] for row in rows}) == len(rows) == 27
     dense = next(row["parameters"] for row in rows if row["row"] == "dense")
     assert all((row["parameters"] < dense) == (row["param_ratio"] < 1) for row in rows)
     assert all(64 * row["accuracy"] == pytest.approx(round(64 * row["accuracy"]), abs=0.01) for row in rows)

@@ -113,8 +113,8 @@ def test_classifier(tmp_path: Path):
     given = {"cache": str(cache), "output": str(tmp_path / "output"), "dense_steps": 20, "steps": 10, "batch_size": 8}
     found, figures = execute("classifier.ipynb", {**given, "param_ratio": 0.3, "other_sizes": [0.5]}, answer)
     assert figures == 1
-    assert found["sizes"] == [1.0, 0.5, 0.3]
-    assert found["reloaded"] == found["accuracies"][-1]
+    assert found["sizes"] == [0.3, 0.5]
+    assert found["reloaded"] == found["accuracies"][0]
     assert all(0.4 < accuracy <= 1 for accuracy in found["accuracies"])
     assert 0.2 < found["kept"] <= 0.3
     assert found["faster"] > 0

@@ -31,12 +31,11 @@ from transformers import (
     DataCollatorWithPadding,
     HfArgumentParser,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
-from lora_svd import LoraSVDCallback, LoraSVDConfig
+from lora_svd import LoraSVDCallback, LoraSVDConfig, LoraSVDModel
 from lora_svd.compact import parameter_report
 
 
@@ -126,13 +125,13 @@ class Benchmark:
 
     def trainer(self, model: Any, *, steps: int, rate: float, seed: int) -> Trainer:
         """The Trainer of a run."""
-        callbacks: list[TrainerCallback] = [LoraSVDCallback()] if hasattr(model, "peft_config") else []
+        ours = isinstance(getattr(model, "base_model", None), LoraSVDModel)
         return Trainer(
             model=model,
             args=self.arguments(steps=steps, rate=rate, seed=seed),
             train_dataset=self.train_set,  # pyright: ignore[reportArgumentType]
             data_collator=self.collator,
-            callbacks=callbacks,
+            callbacks=[LoraSVDCallback()] if ours else [],
         )
 
     def train(self, model: Any, *, steps: int, rate: float, seed: int) -> Any:

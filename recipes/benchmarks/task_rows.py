@@ -12,6 +12,7 @@ from common import PUBLISHED
 from kngpt2 import kronecker_products, taught_by
 from lora_prune import lora_prune
 from lpaf import prune, train_mixed, unwrap, wrap
+from peft import LoraConfig, get_peft_model
 from tensorgpt import tensor_trains
 from transformers import set_seed
 
@@ -27,6 +28,15 @@ def dense(bench: Benchmark, size: float, seed: int) -> Any:
 def dense_longer(bench: Benchmark, size: float, seed: int) -> Any:
     """The same, trained for as many steps in all as the rows that train."""
     return bench.dense(seed, bench.given.dense_steps + bench.given.steps)
+
+
+def dense_lora(bench: Benchmark, size: float, seed: int) -> Any:
+    """The encoder with a LoRA and the head trained on the task, as PEFT does, for as many steps as the dense model."""
+    given = bench.given
+    set_seed(seed)  # the head and the LoRA are random
+    config = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS")
+    model = get_peft_model(bench.encoder(), config)
+    return bench.train(model, steps=given.dense_steps, rate=given.learning_rate, seed=seed).merge_and_unload()
 
 
 def one_shot(bench: Benchmark, size: float, seed: int, **choices: Any) -> Any:
@@ -130,6 +140,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 ROWS = {
     "dense": Row(dense, dense=True),
+    "dense, LoRA": Row(dense_lora, dense=True),
     "dense, all steps": Row(dense_longer, dense=True),
     **{name: Row(partial(one_shot, **choices)) for name, choices in METHODS.items()},
     **{f"{name} + training": Row(partial(retrained, **choices)) for name, choices in METHODS.items()},
