@@ -5,12 +5,12 @@
         --train .cache/task/movie_reviews/train.jsonl --test .cache/task/movie_reviews/dev.jsonl \
         --results recipes/benchmarks/task_model.jsonl --task movie_reviews
 
-A result is one row at one size and seed; it is appended and never run again. Sizes are shares of the linear layers of
-the encoder's blocks; embeddings, biases and the head stay whole. Those of "albert", "tensorgpt" and "ours, embedding"
-are shares of the token embedding, all else whole; those of "ours, embedding, distilled" are shares of both together.
-Every row has the same budget: the dense model is trained on the task for ``--dense_steps``, a row that trains for
-``--steps`` more, of which ``--observed_steps`` are observed; "one run" starts from the encoder, which knows no task,
-and has all of these steps in one Trainer run.
+A result is one row at one size and seed, with autocast or without; it is appended and never run again. Sizes are shares
+of the linear layers of the encoder's blocks; embeddings, biases and the head stay whole. Those of "albert", "tensorgpt"
+and "ours, embedding" are shares of the token embedding, all else whole; those of "ours, embedding, distilled" are shares
+of both together. Every row has the same budget: the dense model is trained on the task for ``--dense_steps``, a row that
+trains for ``--steps`` more, of which ``--observed_steps`` are observed; "one run" starts from the encoder, which knows
+no task, and has all of these steps in one Trainer run.
 """
 
 from __future__ import annotations
@@ -85,16 +85,17 @@ class Benchmark:
     def run(self, name: str) -> None:
         """All sizes and seeds of a row that have no result yet."""
         row, given = ROWS[name], self.given
+        same: dict[str, Any] = {"task": given.task, "row": name + given.label, "bf16": given.bf16}
         for seed in given.seeds:
             for size in [1.0] if row.dense else given.sizes:
-                key = {"task": given.task, "row": name + given.label, "param_ratio": size, "seed": seed}
+                key = same | {"param_ratio": size, "seed": seed}
                 if self.results.has(**key):
                     continue
                 memory, start = PeakMemory(), time.perf_counter()
                 with memory.watch():
                     model = row.make(self, size, seed)
                 cost = {"seconds": round(time.perf_counter() - start, 1), "peak_mebibytes": memory.mebibytes}
-                self.results.add(key | {"bf16": given.bf16} | cost | self.measure(model))
+                self.results.add(key | cost | self.measure(model))
 
     def measure(self, model: Any) -> dict[str, Any]:
         """Size, accuracy and speed of a finished model."""
