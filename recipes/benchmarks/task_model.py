@@ -7,10 +7,10 @@
 
 A result is one row at one size and seed, with autocast or without; it is appended and never run again. Sizes are shares
 of the linear layers of the encoder's blocks; embeddings, biases and the head stay whole. Those of "albert", "tensorgpt"
-and "ours, embedding" are shares of the token embedding, all else whole; those of "ours, embedding, distilled" are shares
-of both together. Every row has the same budget: the dense model is trained on the task for ``--dense_steps``, a row that
-trains for ``--steps`` more, of which ``--observed_steps`` are observed; "one run" starts from the encoder, which knows
-no task, and has all of these steps in one Trainer run.
+and "ours, embedding" are shares of the token embedding, all else whole; those of "ours, embedding, distilled" are
+shares of both together. Every row has the same budget: the dense model is trained on the task for ``--dense_steps``, a
+row that trains for ``--steps`` more, of which ``--observed_steps`` are observed; "one run" starts from the encoder,
+which knows no task, and has all of these steps in one Trainer run.
 """
 
 from __future__ import annotations
