@@ -8,7 +8,7 @@ results.
 
 A result is a dict with ``row`` (the method), ``param_ratio`` (1.0: not compressed), ``seed``, and values by the name of
 what was measured: a perplexity for a text, a share of right answers for a task of ``tasks/``. What one result lacks is
-left out. Results that differ in ``seed`` alone are averaged.
+left out. Results of a row at a size are averaged.
 """
 
 from __future__ import annotations
