@@ -18,6 +18,7 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from lora_svd import LoraSVDCallback, LoraSVDModel
 from lora_svd.evaluation import perplexity, token_blocks
 
 CACHE = Path(".cache/benchmarks")
@@ -121,6 +122,11 @@ def train(model: Any, examples: Any, arguments: TrainingArguments, *callbacks: T
     set_seed(arguments.seed)
     Trainer(model=model, args=arguments, train_dataset=examples, callbacks=list(callbacks)).train()
     return model
+
+
+def phases_of(model: Any) -> list[TrainerCallback]:
+    """What takes a LoraSVD adapter through its phases, where the model has one."""
+    return [LoraSVDCallback()] if isinstance(getattr(model, "base_model", None), LoraSVDModel) else []
 
 
 def cache_folder(kind: str, known: list[Any]) -> Path:

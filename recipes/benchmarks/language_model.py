@@ -31,6 +31,7 @@ from common import (
     Texts,
     cache_folder,
     load,
+    phases_of,
     train,
     training_arguments,
 )
@@ -39,7 +40,7 @@ from neuron_selection import select_neurons
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import HfArgumentParser
 
-from lora_svd import LoraSVDCallback, LoraSVDConfig
+from lora_svd import LoraSVDConfig
 from lora_svd.compact import parameter_report
 from lora_svd.importance import IMPORTANCES, Importance, plain
 from lora_svd.statistics import STATISTICS
@@ -96,8 +97,7 @@ class Benchmark:
         """Train a PEFT model in place; a LoraSVD adapter goes through its phases."""
         rate = self.given.learning_rate if learning_rate is None else learning_rate
         arguments = training_arguments(CACHE, steps=steps, batch=self.given.batch, learning_rate=rate, seed=seed)
-        ours = isinstance(model.peft_config["default"], LoraSVDConfig)
-        return train(model, self.texts.examples, arguments, *[LoraSVDCallback()] * ours)
+        return train(model, self.texts.examples, arguments, *phases_of(model))
 
     def folder(self, kind: str, **settings: Any) -> Path:
         """Where something is kept that these settings, the model and the training text determine."""

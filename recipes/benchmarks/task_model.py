@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import CACHE, PeakMemory, Results, cache_folder, training_arguments
+from common import CACHE, PeakMemory, Results, cache_folder, phases_of, training_arguments
 from peft import get_peft_model
 from task_rows import ROWS
 from transformers import (
@@ -35,7 +35,7 @@ from transformers import (
     set_seed,
 )
 
-from lora_svd import LoraSVDCallback, LoraSVDConfig, LoraSVDModel
+from lora_svd import LoraSVDConfig
 from lora_svd.compact import parameter_report
 
 
@@ -126,13 +126,12 @@ class Benchmark:
 
     def trainer(self, model: Any, *, steps: int, rate: float, seed: int) -> Trainer:
         """The Trainer of a run."""
-        ours = isinstance(getattr(model, "base_model", None), LoraSVDModel)
         return Trainer(
             model=model,
             args=self.arguments(steps=steps, rate=rate, seed=seed),
             train_dataset=self.train_set,  # pyright: ignore[reportArgumentType]
             data_collator=self.collator,
-            callbacks=[LoraSVDCallback()] if ours else [],
+            callbacks=phases_of(model),
         )
 
     def train(self, model: Any, *, steps: int, rate: float, seed: int) -> Any:
