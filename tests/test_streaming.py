@@ -57,7 +57,9 @@ def test_equals_compression_in_memory(name: str, importance: str, tmp_path: Path
     expected = in_memory(architecture.model.from_pretrained(folder), importance=importance)
     size = compress_checkpoint(folder, tmp_path / "compact", IDS, settings(importance=importance))
     found = architecture.model.from_pretrained(tmp_path / "compact")
-    assert found.config.quantization_config.ranks == expected.config.quantization_config.ranks
+    streamed, merged = found.config.quantization_config, expected.config.quantization_config
+    assert streamed.ranks == merged.ranks
+    assert {**streamed.method, "compensation": "absorb"} == merged.method
     wanted = weights(expected)
     assert wanted
     for layer, weight in weights(found).items():

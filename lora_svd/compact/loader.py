@@ -36,7 +36,7 @@ class LoraSVDCompactConfig(QuantizationConfigMixin):
         factor_format: "pivoted" or "factors".
         dense_parameters: numbers in the targeted weights before compression, the denominator of ``param_ratio``.
         tied_parameters: those of them that were the weight of another module as well (a head tied to the embedding).
-        method: how it was made: importance, allocation, compensation.
+        method: how it was made: importance, allocation, decomposition, compensation (of a bypass, if there was one).
         bitsandbytes: a ``BitsAndBytesConfig`` as a dict, if some weights are quantized.
         quantized: names of the linear layers, factors included, whose weights are.
         checksums: SHA-256 of the weights' files by name, if ``save_compact`` wrote them; checked while loading.

@@ -99,7 +99,7 @@ def compress_checkpoint(
         ranks=ranks,
         factor_format=config.factor_format,
         dense_parameters=sum(shape.parameters for shape in layers.values()),
-        method={name: getattr(config, name) for name in ("importance", "allocation", "param_ratio")},
+        method={name: getattr(config, name) for name in ("importance", "allocation", "decomposition", "param_ratio")},
     )
     size = describe(checkpoint, source, compact, description)
     compact.rename(target)
