@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from keep_out import keep_out
 from kngpt2 import kronecker_products, nearest_product, taught_by
 from lpaf import MixedRankLinear, Mixing, Pruning, consistent, unwrap, wrap
 from tensorgpt import best_shape, contracted, numbers, ordered_factorizations, tensor_train, tensor_trains
@@ -232,3 +233,19 @@ def test_tensorgpt_keeps_the_embedding_within_its_share(param_ratio: float) -> N
 def test_tensorgpt_says_what_it_needs() -> None:
     with pytest.raises(ValueError, match=r"param_ratio: 0\.3 is too small for a width of 24, expected at least 0\.375"):
         best_shape(torch.randn(3, 24), 0.3)
+
+
+# -- sentences that choices are made on --------------------------------------------------------------------------------
+
+
+def test_nothing_of_a_kept_out_sentence_is_trained_on() -> None:
+    sentences = [" ".join(f"w{20 * n + i}" for i in range(16)) for n in range(4)]
+    parts = [sentence.partition(" ")[2] for sentence in sentences]
+    longer = [f"so {sentence} ." for sentence in sentences]
+    apart = [sentences[0][:-1], "unlike all of them"]  # the first ends in a part of a word
+    samples = [{"sentence": text, "label": 0} for text in (*sentences, *parts, *longer, *apart)]
+    train, dev = keep_out(samples, number=1)
+    (held,) = (sample["sentence"] for sample in dev)
+    related = {sample["sentence"] for sample in samples if held.split()[5] in sample["sentence"].split()} - {apart[0]}
+    assert len(related) == 3
+    assert {sample["sentence"] for sample in train} == {sample["sentence"] for sample in samples} - related
