@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from string import Template
 
 import yaml
@@ -27,12 +28,12 @@ $recipe
 Versions: $versions.""")
 
 
-def model_card(report: RunReport, folder: str) -> str:
+def model_card(report: RunReport, folder: Path) -> str:
     """The card's text.
 
     Args:
         report: of the finished run.
-        folder: name or path under which a reader loads the model.
+        folder: where the model is, and is loaded from.
     """
     sections = _SECTIONS.substitute(
         window=f"{report.window:,}",
@@ -41,4 +42,4 @@ def model_card(report: RunReport, folder: str) -> str:
         recipe=yaml.safe_dump(report.recipe, sort_keys=False).rstrip(),
         versions=", ".join(f"{name} {number}" for name, number in report.versions.items()),
     )
-    return compact_card(report.size, report.model, folder, sections)
+    return compact_card(report.size, report.model, folder, str(folder), sections)

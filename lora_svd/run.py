@@ -108,7 +108,7 @@ def _compress(recipe: Recipe, say: Callable[[str], None], messages: Messages) ->
         sketched=trained.sketched(),
     )
     (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
-    (folder / "README.md").write_text(model_card(report, str(folder)), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(report, folder), encoding="utf-8")
     data = ReportData(report, dense, compact, training, perplexities, run.prompt, messages)
     page = write_report(data, folder.with_name("report"))
     _check_reloaded(compact.perplexity, reloaded, folder)

@@ -14,13 +14,16 @@ import pytest
 import torch
 from models import ARCHITECTURES, KINDS, assert_bit_equal, logits, make_trainer, tensors, trained
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_lm import save_tiny_lm
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     PreTrainedModel,
+    ViTImageProcessor,
 )
 
 import lora_svd
@@ -304,7 +307,17 @@ def test_saved_with_a_card_that_states_its_size(folder: Path) -> None:
 def test_card_loads_a_model_as_what_it_is(folders: dict[str, Path]) -> None:
     for name in KINDS:
         code = (folders[name] / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
-        loading = [line for line in code.splitlines() if not line.startswith("tokenizer = ")]
         namespace: dict[str, Any] = {}
-        exec("\n".join(loading).replace(f'"{name}"', repr(str(folders[name]))), namespace)
+        exec(code.replace(f'"{name}"', repr(str(folders[name]))), namespace)
         assert type(namespace["model"]) is ARCHITECTURES[name].model
+
+
+def test_card_loads_what_was_saved_with_the_model(folders: dict[str, Path], tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(save_tiny_lm(tmp_path / "dense"))
+    for name, given in (("tokenizer", tokenizer), ("processor", ViTImageProcessor()), (None, None)):
+        save_compact(load(folders["llama"]), tmp_path / "small", given)
+        code = (tmp_path / "small" / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+        namespace: dict[str, Any] = {}
+        exec(code.replace('"small"', repr(str(tmp_path / "small"))), namespace)
+        found = {each: type(namespace[each]) for each in ("tokenizer", "processor") if each in namespace}
+        assert found == ({name: type(given)} if name else {})

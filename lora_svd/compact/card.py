@@ -29,10 +29,9 @@ importance-weighted low-rank factors, and the bypasses were folded into the fact
 
 ```python
 import lora_svd  # before from_pretrained
-from transformers import $auto_class, AutoTokenizer
+from transformers import $auto_classes
 
-model = $auto_class.from_pretrained("$folder")
-tokenizer = AutoTokenizer.from_pretrained("$folder")
+$loads
 ```
 
 > **Warning.** This needs the package `lora-svd`, and `import lora_svd` before loading. Without the import transformers
@@ -49,20 +48,26 @@ _SIZE = Template("""\
 $bytes bytes.""")
 
 
-def card_of(model: PreTrainedModel, folder: str) -> str:
-    """The text for a model that is loaded from ``folder``."""
+def card_of(model: PreTrainedModel, saved: Path, folder: str) -> str:
+    """The text for a model that is saved and will be loaded from ``folder``."""
     auto_class = next(iter(auto_classes(model)), "AutoModel")
-    return compact_card(parameter_report(model), model.name_or_path or "", folder, auto_class=auto_class)
+    return compact_card(parameter_report(model), model.name_or_path or "", saved, folder, auto_class=auto_class)
 
 
 def compact_card(
-    size: ParameterReport, model: str, folder: str, sections: str = "", auto_class: str = "AutoModelForCausalLM"
+    size: ParameterReport,
+    model: str,
+    saved: Path,
+    folder: str,
+    sections: str = "",
+    auto_class: str = "AutoModelForCausalLM",
 ) -> str:
     """The card's text.
 
     Args:
         size: of the compact model.
         model: what it was made from, a local folder or a name on the Hub.
+        saved: where the compact model is, with its tokenizer or processor, if it has one.
         folder: name or path under which a reader loads it.
         sections: Markdown with what is known of it; empty: its size.
         auto_class: the class of transformers that loads it.
@@ -71,12 +76,20 @@ def compact_card(
     is_name = bool(model) and not Path(model).exists()
     counts = {name: f"{getattr(size, name):,}" for name in ("parameters", "dense_parameters", "bytes")}
     ratios = {name: f"{getattr(size, name):.4f}" for name in ("param_ratio", "model_param_ratio")}
+    loaded = {"model": auto_class} | _processing(saved)
     return _TEMPLATE.substitute(
         base_model_line=f"base_model: {model}" if is_name else "# compressed from a local folder",
         name=Path(model).name or "A model",
         param_percent=f"{size.param_ratio:.1%}",
         model=model or "a model",
-        folder=folder,
-        auto_class=auto_class,
+        auto_classes=", ".join(loaded.values()),
+        loads="\n".join(f'{name} = {of}.from_pretrained("{folder}")' for name, of in loaded.items()),
         sections=sections or _SIZE.substitute(counts, **ratios),
     )
+
+
+def _processing(saved: Path) -> dict[str, str]:
+    """Name and auto class of what makes the inputs of a saved model; none if it was saved alone."""
+    if any((saved / f"{kind}_config.json").exists() for kind in ("processor", "preprocessor")):
+        return {"processor": "AutoProcessor"}
+    return {"tokenizer": "AutoTokenizer"} if (saved / "tokenizer_config.json").exists() else {}

@@ -33,5 +33,5 @@ def push_compact(
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "compact"
         save_compact(model, folder, tokenizer)
-        (folder / "README.md").write_text(card_of(model, repo_id), encoding="utf-8")
+        (folder / "README.md").write_text(card_of(model, folder, repo_id), encoding="utf-8")
         return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload a compact model")

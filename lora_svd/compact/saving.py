@@ -70,7 +70,7 @@ def _save(
         add_checksums(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-        (staging / "README.md").write_text(card_of(model, folder.name), encoding="utf-8")
+        (staging / "README.md").write_text(card_of(model, staging, folder.name), encoding="utf-8")
         staging.chmod(0o755)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():

@@ -97,6 +97,6 @@ def describe(checkpoint: Checkpoint, source: Path, folder: Path, config: LoraSVD
     model.config.quantization_config = config
     model.to(checkpoint.dtype).tie_weights()
     size = parameter_report(model)
-    card = compact_card(size, str(source), folder.name)
+    card = compact_card(size, str(source), folder, folder.name)
     (folder / "README.md").write_text(card, encoding="utf-8")
     return size
