@@ -304,20 +304,23 @@ def test_saved_with_a_card_that_states_its_size(folder: Path) -> None:
     assert "base_model" not in card  # it was made in memory; the Hub would refuse what is no model id
 
 
+def loaded_by_card(folder: Path) -> dict[str, Any]:
+    """The variables that the code of a folder's card makes."""
+    code = (folder / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    namespace: dict[str, Any] = {}
+    exec(code.replace(f'"{folder.name}"', repr(str(folder))), namespace)
+    return namespace
+
+
 def test_card_loads_a_model_as_what_it_is(folders: dict[str, Path]) -> None:
     for name in KINDS:
-        code = (folders[name] / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
-        namespace: dict[str, Any] = {}
-        exec(code.replace(f'"{name}"', repr(str(folders[name]))), namespace)
-        assert type(namespace["model"]) is ARCHITECTURES[name].model
+        assert type(loaded_by_card(folders[name])["model"]) is ARCHITECTURES[name].model
 
 
 def test_card_loads_what_was_saved_with_the_model(folders: dict[str, Path], tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(save_tiny_lm(tmp_path / "dense"))
     for name, given in (("tokenizer", tokenizer), ("processor", ViTImageProcessor()), (None, None)):
         save_compact(load(folders["llama"]), tmp_path / "small", given)
-        code = (tmp_path / "small" / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
-        namespace: dict[str, Any] = {}
-        exec(code.replace('"small"', repr(str(tmp_path / "small"))), namespace)
+        namespace = loaded_by_card(tmp_path / "small")
         found = {each: type(namespace[each]) for each in ("tokenizer", "processor") if each in namespace}
         assert found == ({name: type(given)} if name else {})

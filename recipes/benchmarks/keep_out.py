@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from task_data import write_split
 from transformers import HfArgumentParser
 
 WHOLE = 15  # words from which on a line is taken for a whole sentence
@@ -42,10 +43,9 @@ def keep_out(samples: list[dict[str, Any]], number: int) -> tuple[list[dict[str,
 def main() -> None:
     parser: Any = HfArgumentParser(Arguments)  # pyright: ignore[reportArgumentType]
     (given,) = parser.parse_args_into_dataclasses()
-    folder, lines = Path(given.folder), Path(given.train).read_text(encoding="utf-8").splitlines()
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, part in zip(("train", "dev"), keep_out([json.loads(line) for line in lines], given.number), strict=True):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in part), encoding="utf-8")
+    lines = Path(given.train).read_text(encoding="utf-8").splitlines()
+    train, dev = keep_out([json.loads(line) for line in lines], given.number)
+    write_split(Path(given.folder), train=train, dev=dev)
 
 
 if __name__ == "__main__":

