@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .config import LoraSVDConfig
 
 
-_OF_OUTPUTS = {"output_gram", "output_square"}
+_OF_OUTPUTS = {"lora_gradient_gram", "output_gram", "output_square"}
 
 
 class LoraSVDEmbedding(LoraSVDLinear):

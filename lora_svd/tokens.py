@@ -24,13 +24,15 @@ class TokenObservation:
     """One backward pass of one layer. x: (samples, tokens, in), g: (samples, tokens, out), float32, unobserved rows 0.
 
     Both are made of what autograd holds where a statistic asks for them. ``shared`` lets layers with the same input
-    (query, key and value; gate and up) compute its Gram matrix once.
+    (query, key and value; gate and up) compute its Gram matrix once. lora_A: (r, in), float32, of the layer's bypass;
+    None where there is none, or none that shows anything.
     """
 
     inputs: Tensor = field(repr=False)
     gradients: Tensor = field(repr=False)
     observed: Tensor
     shared: SharedGram = field(repr=False)
+    lora_A: Tensor | None = field(default=None, repr=False)
 
     @cached_property
     def x(self) -> Tensor:
@@ -209,5 +211,5 @@ def observe_tokens(
     shared.bind(observed)
     counts = {"token": observed.sum(), "sample": observed.any(-1).sum()}
     if num_ids is not None:
-        return IndexObservation(x, g, observed, shared, num_ids), counts
+        return IndexObservation(x, g, observed, shared, num_ids=num_ids), counts
     return TokenObservation(x, g, observed, shared), counts

@@ -182,6 +182,19 @@ def sensitivity_rows(G, W, A, B):
     )
 
 
-def gradient_rows(dB, A, X, s):
-    """c_i = (dB (A X A^T)^-1 dB^T)_ii / (s^2 r)."""
-    return (dB @ torch.linalg.inv(A @ X @ A.T) @ dB.T).diagonal() / (s**2 * len(A))
+def lora_gradient_gram(pairs, A):
+    """Mean over tokens of ``sum over segments of 4 r tokens of D D^T``, D = sum_t g_t (R^-1 A x_t)^T / r^(1/2),
+    R R^T = mean over tokens of ``A x (A x)^T`` and a ridge of 1e-9 of its mean. pairs: [(x, g)], one a micro-batch.
+    """
+    total, count, r = 0, 0, len(A)
+    for x, g in pairs:
+        x, g = x.double().flatten(0, -2), g.double().flatten(0, -2)
+        seen = g.abs().amax(1) > 0
+        h = x @ A.double().T * seen[:, None]
+        M = h.T @ h / seen.sum()
+        z = h @ torch.linalg.inv(torch.linalg.cholesky(M + 1e-9 * M.diagonal().mean() * torch.eye(r))).T
+        z /= (z.square().sum() / seen.sum()).sqrt()
+        segments = zip(z.split(4 * r), g.split(4 * r), strict=True)
+        total = total + sum(D @ D.T for D in (g_s.T @ z_s for z_s, g_s in segments))
+        count += int(seen.sum())
+    return total / count

@@ -6,15 +6,15 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from lora_svd import LoraSVDConfig, LoraSVDError
+from lora_svd import LoraSVDConfig
 from lora_svd.importance import IMPORTANCES
+from lora_svd.linalg import gram
 from lora_svd.statistics import (
     STATISTICS,
     LayerStatistics,
     StepObservation,
-    gradient_rows,
-    input_sketch,
     minnorm_gradient,
+    segment_gradients,
 )
 
 # -- a case small enough for pencil and paper --------------------------------------------------------------------------
@@ -89,19 +89,17 @@ def test_reference_agrees_with_the_hand():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("name", ["lora_rows", "minnorm_rows", "gradient_rows"])
+@pytest.mark.parametrize("name", ["lora_rows", "minnorm_rows"])
 def test_step_statistics_equal_the_formula_on_the_gradients_of_a_run(name, autocast):
     """Several steps with an optimizer in between; W, A and B are those that the gradients belong to."""
-    preset = {"lora_rows": "lora", "minnorm_rows": "lora_minnorm", "gradient_rows": "lora_activation"}[name]
+    preset = {"lora_rows": "lora", "minnorm_rows": "lora_minnorm"}[name]
     config = LoraSVDConfig(r=3, lora_alpha=5, target_modules=["0"], importance=preset)
     model = get_peft_model(nn.Sequential(nn.Linear(9, 6)), config)
     layer, optimizer, rows = model.base_model.model[0], torch.optim.SGD(model.parameters(), lr=0.1), []
-    inputs = []
     for number in range(4):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             for _ in range(2):
-                inputs.append(torch.randn(8, 9).bfloat16().float())  # as the layer takes them under autocast
-                (model(inputs[-1]) - torch.randn(8, 6)).square().mean().backward()
+                (model(torch.randn(8, 9)) - torch.randn(8, 6)).square().mean().backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             parameters = (layer.lora_svd_A["default"], layer.lora_svd_B["default"])
             A, B, dA, dB = (t.detach().double() for t in (*parameters, *(p.grad for p in parameters)))
@@ -109,12 +107,8 @@ def test_step_statistics_equal_the_formula_on_the_gradients_of_a_run(name, autoc
                 "lora_rows": reference.lora_gradient(A, B, dA, dB),
                 "minnorm_rows": reference.minnorm_gradient(A, B, dA, dB, 5 / 3),
             }
-            if name in estimates:
-                W = layer.base_layer.weight.detach().double()
-                rows.append(reference.sensitivity_rows(estimates[name], W, A, B))
-            else:
-                seen = torch.cat(inputs).double()
-                rows.append(reference.gradient_rows(dB, A, seen.T @ seen / len(seen), 5 / 3))
+            W = layer.base_layer.weight.detach().double()
+            rows.append(reference.sensitivity_rows(estimates[name], W, A, B))
             model.base_model.update_and_allocate(number, total_steps=100)
         optimizer.step()
         optimizer.zero_grad()
@@ -183,7 +177,7 @@ def test_presets_are_the_formulas(seen):
     expected = {
         "lora": (S["lora_rows"] / 2, None),
         "lora_minnorm": (S["minnorm_rows"] / 2, None),
-        "lora_activation": (S["gradient_rows"] / 2, X),
+        "lora_activation": (S["lora_gradient_gram"] / 10, X),
         "fisher": (S["weight_gradient_rows"] / 4, None),
         "fisher_elementwise": (None, None),
         "activation_scale": (None, S["input_abs"] / 10),
@@ -204,33 +198,34 @@ def test_presets_are_the_formulas(seen):
     assert torch.equal(elements, S["weight_gradient_square"] / 4)
 
 
-def test_gradient_rows_estimate_the_diagonal_of_the_gradient_covariance():
-    """For independent g and x, whatever the input's covariance and the random sketch A: E[c] = T diag C."""
-    tokens, X_root = 64, torch.randn(9, 9, dtype=torch.float64) * torch.logspace(0, 1.5, 9, dtype=torch.float64)
-    C_root, rows = torch.randn(5, 5, dtype=torch.float64), []
-    for _ in range(400):
-        A = torch.randn(4, 9, dtype=torch.float64)
-        x = torch.randn(tokens, 9, dtype=torch.float64) @ X_root.T
-        g = torch.randn(tokens, 5, dtype=torch.float64) @ C_root.T
-        nothing = torch.zeros(5, 4, dtype=torch.float64)
-        seen = StepObservation(
-            weight=torch.zeros(5, 9), lora_A=A, lora_B=nothing, grad_A=nothing.T, grad_B=2.5 * g.T @ x @ A.T,
-            scaling=2.5, input_sketch=input_sketch(A, X_root @ X_root.T),
-        )  # fmt: skip
-        rows.append(gradient_rows(seen))
-    expected = tokens * (C_root @ C_root.T).diagonal()
-    assert reference.relative_error(torch.stack(rows).mean(0), expected) < 0.1
+# -- LoRA's gradients of segments of tokens ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1, 256, 600])
-def test_input_sketch_is_exact_in_any_width(size):
-    """In float64, although the Gram matrix is in float32 and of very different scales."""
-    rows = torch.randn(40, size) * torch.logspace(0, 3, size)
-    A, X = torch.randn(4, size), rows.T @ rows
-    assert reference.relative_error(input_sketch(A, X), A.double() @ X.double() @ A.double().T) < 1e-12
+def case(tokens=64, r=4):
+    """What a bypass sees of inputs of very different scales, and gradients with correlated entries."""
+    x = torch.randn(tokens, 9, dtype=torch.float64) * torch.logspace(0, 1.5, 9, dtype=torch.float64)
+    return x @ torch.randn(9, r, dtype=torch.float64), torch.randn(tokens, 5, dtype=torch.float64) @ C_ROOT
 
 
-def test_gradient_rows_ask_for_the_input_gram():
-    empty = torch.zeros(2, 2)
-    with pytest.raises(LoraSVDError, match="gradient_rows: collect input_gram"):
-        gradient_rows(StepObservation(empty, empty, empty, empty, empty, 1.0))
+C_ROOT = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def test_segment_gradients_estimate_the_gradient_covariance():
+    """For independent g and x, whatever the input's covariance and A, all of the matrix and its scale."""
+    found = torch.stack([gram(segment_gradients(*case(), 64)) for _ in range(2000)]).mean(0)
+    assert reference.relative_error(found, 64 * C_ROOT.T @ C_ROOT) < 0.1
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 50])
+def test_segment_gradients_depend_on_what_a_sees_alone(tokens):
+    """Not on its basis nor its scale; with tokens that fill no segment, or do not span what it sees."""
+    hidden, g = case(tokens)
+    other = hidden @ torch.randn(4, 4, dtype=torch.float64) * 1e-3
+    found, same = (gram(segment_gradients(h, g, tokens)) for h in (hidden, other))
+    assert reference.relative_error(same, found) < (1e-3 if tokens > 4 else 1e-2)
+
+
+def test_segment_gradients_are_few():
+    hidden, g = case(160, r=4)
+    assert segment_gradients(hidden, g, 160).shape == (40, 5)
+    assert not segment_gradients(torch.zeros_like(hidden), g, 160).any()

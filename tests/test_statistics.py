@@ -96,7 +96,13 @@ def expected(model, base, batches):
                 squares[name] = squares[name] + gradient.square()
     samples = sum(len(x) for x, _ in batches)
     return {
-        name: {**reference.token_statistics(recorder.pairs(name)), **weight_gradients(squares[name] / samples)}
+        name: {
+            **reference.token_statistics(recorder.pairs(name)),
+            **weight_gradients(squares[name] / samples),
+            "lora_gradient_gram": reference.lora_gradient_gram(
+                recorder.pairs(name), tuner_layer(model, name).lora_svd_A["default"].detach()
+            ),
+        }
         for name in NAMES
     }
 

@@ -110,7 +110,7 @@ def compress_checkpoint(
 def _statistics(config: LoraSVDConfig) -> tuple[str, ...]:
     statistics = IMPORTANCES[config.importance].statistics
     possible = [
-        name for name, preset in IMPORTANCES.items() if all(STATISTICS[of].per != "step" for of in preset.statistics)
+        name for name, preset in IMPORTANCES.items() if not any(STATISTICS[of].of_bypass for of in preset.statistics)
     ]
     if config.importance not in possible:
         raise LoraSVDError(

@@ -43,7 +43,6 @@ from transformers import HfArgumentParser
 from lora_svd import LoraSVDConfig
 from lora_svd.compact import parameter_report
 from lora_svd.importance import IMPORTANCES, Importance, plain
-from lora_svd.statistics import STATISTICS
 
 
 @dataclass
@@ -222,8 +221,7 @@ ROWS = {
 }
 EVERYTHING = "every statistic that the rows need"
 _needed = {name for preset in IMPORTANCES.values() if not preset.elementwise for name in preset.statistics}
-# in the order of the registry, so that a statistic finds the ones it is built on
-IMPORTANCES[EVERYTHING] = Importance(tuple(name for name in STATISTICS if name in _needed), plain)
+IMPORTANCES[EVERYTHING] = Importance(tuple(sorted(_needed)), plain)
 
 
 def main() -> None:
