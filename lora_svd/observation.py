@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from . import distributed
 from .importance import IMPORTANCES
 from .peft_type import PREFIX
+from .sketch import between
 from .statistics import (
     COUNTS,
     STATISTICS,
     LayerStatistics,
     StepObservation,
+    input_sketch,
     is_gram,
     pack,
     stored_shape,
@@ -108,22 +110,38 @@ class ObservedLayer(nn.Module, BaseTunerLayer):
         A, B = self.lora_svd_A[adapter_name], self.lora_svd_B[adapter_name]
         return adapter_name in self._observed and A.grad is not None and B.grad is not None
 
-    def observe_step(self, adapter_name: str, *, mine: bool) -> None:
+    def observe_step(self, adapter_name: str, sketch: Tensor | None, *, mine: bool) -> None:
         """Add the gradients that the optimizer is about to use to the statistics of this adapter.
 
-        They are the same in every process: the one for which ``mine`` is True adds them.
+        They are the same in every process: the one for which ``mine`` is True adds them. sketch: :meth:`input_sketch`.
         """
         names = [name for name in self._observed[adapter_name] if STATISTICS[name].per == "step"]
         if names:
             A, B = self.lora_svd_A[adapter_name], self.lora_svd_B[adapter_name]
             parts = (self.dense_weight() if any(STATISTICS[name].of_weight for name in names) else None, A, B)
             tensors = [None if t is None else distributed.whole(t.detach()).float() for t in (*parts, A.grad, B.grad)]
-            step = StepObservation(*tensors, scaling=self.scaling[adapter_name])  # pyright: ignore[reportArgumentType]
+            step = StepObservation(*tensors, scaling=self.scaling[adapter_name], input_sketch=sketch)  # pyright: ignore[reportArgumentType]
             with torch.autocast(device_type=A.device.type, enabled=False):
                 for name in names if mine else ():
                     self._accumulate(adapter_name, name, STATISTICS[name].of(step))
         if mine:
             self._count(adapter_name, "step", 1)
+
+    def num_tokens(self, adapter_name: str) -> Tensor:
+        """Tokens that this process has observed."""
+        counts = self._sums("counts", adapter_name)
+        seen = counts[adapter_name] if adapter_name in counts else self._zeros(adapter_name, "counts")
+        return seen[COUNTS.index("token")].clone()
+
+    def input_sketch(self, adapter_name: str, num_tokens: Tensor) -> Tensor:
+        """``A X A^T`` with X of the tokens that this process has observed, of ``num_tokens`` in all."""
+        grams, A = self._sums("input_gram", adapter_name), distributed.whole(self.lora_svd_A[adapter_name].detach())
+        gram = grams[adapter_name] if adapter_name in grams else self._zeros(adapter_name, "input_gram")
+        through = input_sketch if self._sketch_rank(adapter_name, "input_gram") is None else between
+        with torch.autocast(device_type=A.device.type, enabled=False):
+            found = through(A.float().to(gram.device), gram)
+        # of 0 tokens while all output gradients are zero
+        return found.to(A.device) / num_tokens.clamp_min(1).to(A.device)
 
     def join_statistics(self, adapter_name: str) -> None:
         """Give every process the sums over all of them; what is added afterwards is its own part again."""

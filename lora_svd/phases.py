@@ -21,6 +21,7 @@ from .compression import (
 from .config import LoraSVDConfig, check_param_ratio
 from .distillation import as_it_was, distillation_loss, label_positions
 from .errors import LoraSVDError, NumericalError, in_module
+from .importance import IMPORTANCES
 from .injection import InjectedModel
 from .layer import LoraSVDLinear
 from .observation import pack_statistics
@@ -114,11 +115,20 @@ class PhasedModel(InjectedModel):
         self._shared_gram.clear()
 
     def _observe_step(self, layers: Mapping[str, LoraSVDLinear], adapter_name: str) -> None:
-        """Let the layers see the gradients of the step."""
-        observed = ((name, layer) for name, layer in layers.items() if layer.observes_step(adapter_name))
-        for index, (name, layer) in enumerate(observed):
+        """Let the layers see the gradients of the step, with what A lets through of the inputs of all processes."""
+        observed = {name: layer for name, layer in layers.items() if layer.observes_step(adapter_name)}
+        sketches: list[Tensor | None] = [None] * len(observed)
+        if {"gradient_rows", "input_gram"} <= set(IMPORTANCES[self._config(adapter_name).importance].statistics):
+            num_tokens = [layer.num_tokens(adapter_name) for layer in observed.values()]
+            distributed.add_up(num_tokens)
+            found = [
+                layer.input_sketch(adapter_name, n) for layer, n in zip(observed.values(), num_tokens, strict=True)
+            ]
+            distributed.add_up(found)
+            sketches[:] = found
+        for index, ((name, layer), sketch) in enumerate(zip(observed.items(), sketches, strict=True)):
             with in_module(name):
-                layer.observe_step(adapter_name, mine=distributed.owns(index))
+                layer.observe_step(adapter_name, sketch, mine=distributed.owns(index))
 
     def join_statistics(self, adapter_name: str | None = None) -> None:
         """Give every process the sums over all of them. A hand-written loop with several processes calls it, in all of

@@ -51,3 +51,11 @@ def expand(sketch: Tensor) -> Tensor:
     result = factor @ factor.T
     result.diagonal().add_(rest)
     return result
+
+
+def between(A: Tensor, sketch: Tensor) -> Tensor:
+    """``A G A^T``, (m, m), float64, for A (m, n) and the G that a sketch stands for, which is not formed."""
+    A = A.double()
+    factor, rest = _parts(sketch)
+    inner = A @ factor
+    return inner @ inner.T + (A * rest) @ A.T

@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linalg import gram
+from .errors import LoraSVDError
+from .linalg import gram, shrink
 from .sketch import expand, sketched_gram
 from .tokens import TokenObservation
 
@@ -27,6 +27,7 @@ class StepObservation:
     """One optimizer step of one layer, gradients accumulated and clipped: what the optimizer is about to use.
 
     weight: (out, in), where a statistic asks for it; lora_A: (r, in), lora_B: (out, r), scaling: s. float32.
+    input_sketch: :func:`input_sketch` of the tokens observed so far, where a statistic of the same preset collects X.
     """
 
     weight: Tensor | None
@@ -35,6 +36,7 @@ class StepObservation:
     grad_A: Tensor
     grad_B: Tensor
     scaling: float
+    input_sketch: Tensor | None = None
 
 
 def lora_gradient(step: StepObservation) -> Tensor:
@@ -56,10 +58,33 @@ def minnorm_gradient(step: StepObservation) -> Tensor:
     return (estimate / step.scaling).to(step.lora_A.dtype)
 
 
-def _sensitivity_rows(gradient: Callable[[StepObservation], Tensor], step: StepObservation) -> Tensor:
-    """``J_i = sum_j ( G_ij ((BA)_ij + w_ij) )^2``, (out,), with an estimate of the gradient G."""
+def input_sketch(lora_A: Tensor, input_gram: Tensor) -> Tensor:
+    """``M = A X A^T``, (r, r), float64: what A (r, in) lets through of ``X = E[x x^T]`` (in, in)."""
+    A = lora_A.double()
+    # X by blocks of rows, which are its columns: a float64 copy of a wide one takes longer than the products
+    return torch.cat([A @ rows.double().T for rows in input_gram.split(256)], dim=1) @ A.T
+
+
+def gradient_rows(step: StepObservation) -> Tensor:
+    """The diagonal of ``C = E[g g^T]`` as LoRA's own gradient shows it, (out,), up to a factor common to all layers.
+
+    ``dB = s sum_t g_t (A x_t)^T`` is what A lets through of the gradient. With ``M = A X A^T``, (r, r), independence of
+    g and x gives ``E[dB M^-1 dB^T] = s^2 r T C`` for T tokens, hence ``c_i = (dB M^-1 dB^T)_ii / (s^2 r)``.
+    Whitening by M keeps the few large directions of the input from drowning the others, which the norms of the rows of
+    dB, or LoRAPrune's sensitivity divided by the energy of weights and input, do not.
+    """
+    if step.input_sketch is None:
+        raise LoraSVDError("gradient_rows: collect input_gram in the same importance preset; it whitens the gradient")
+    sketch = shrink(step.input_sketch, 1e-6)
+    grad_B = step.grad_B.double()
+    whitened = torch.linalg.solve(sketch, grad_B.T).T
+    return ((grad_B * whitened).sum(1) / (step.scaling**2 * len(step.lora_A))).to(step.grad_B.dtype)
+
+
+def _sensitivity_rows(gradient: Tensor, step: StepObservation) -> Tensor:
+    """``J_i = sum_j ( G_ij ((BA)_ij + w_ij) )^2``, (out,)."""
     assert step.weight is not None
-    return (gradient(step) * (step.lora_B @ step.lora_A + step.weight)).square().sum(1)
+    return (gradient * (step.lora_B @ step.lora_A + step.weight)).square().sum(1)
 
 
 def _output_gram(seen: TokenObservation, rank: int | None) -> Tensor:
@@ -138,7 +163,7 @@ class Statistic:
         of: the summand over one observation (tokens and samples of a backward pass, or an optimizer step); of a Gram
             matrix, whole or as a sketch with the r that it is given.
         of_weight: whether the summand depends on the frozen weight, which is costly to dequantize or gather.
-        of_bypass: whether the summand depends on LoRA.
+        of_bypass: whether the summand of tokens depends on LoRA's A.
         gram: whether it is a sum of ``v v^T``, which may be kept as a sketch.
     """
 
@@ -154,15 +179,14 @@ STATISTICS: dict[str, Statistic] = {
     "input_gram": Statistic(lambda _, n: (n, n), "token", lambda seen, rank: seen.input_gram(rank), gram=True),
     "input_abs": Statistic(lambda _, n: (n,), "token", lambda seen: seen.input_abs()),
     "output_gram": Statistic(lambda m, _: (m, m), "token", _output_gram, gram=True),
+    "lora_gradient_gram": Statistic(lambda m, _: (m, m), "token", _lora_gradient_gram, of_bypass=True, gram=True),
     "output_square": Statistic(lambda m, _: (m,), "token", lambda seen: seen.g.square().sum((0, 1))),
     "weight_gradient_rows": Statistic(lambda m, _: (m,), "sample", _weight_gradient_rows),
     "weight_gradient_square": Statistic(lambda m, n: (m, n), "sample", _weight_gradient_square),
-    "lora_gradient_gram": Statistic(lambda m, _: (m, m), "token", _lora_gradient_gram, of_bypass=True, gram=True),
-    "lora_rows": Statistic(
-        lambda m, _: (m,), "step", partial(_sensitivity_rows, lora_gradient), of_weight=True, of_bypass=True
-    ),
+    "lora_rows": Statistic(lambda m, _: (m,), "step", lambda step: _sensitivity_rows(lora_gradient(step), step), True),
+    "gradient_rows": Statistic(lambda m, _: (m,), "step", gradient_rows),
     "minnorm_rows": Statistic(
-        lambda m, _: (m,), "step", partial(_sensitivity_rows, minnorm_gradient), of_weight=True, of_bypass=True
+        lambda m, _: (m,), "step", lambda step: _sensitivity_rows(minnorm_gradient(step), step), True
     ),
 }
 

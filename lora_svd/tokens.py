@@ -24,8 +24,8 @@ class TokenObservation:
     """One backward pass of one layer. x: (samples, tokens, in), g: (samples, tokens, out), float32, unobserved rows 0.
 
     Both are made of what autograd holds where a statistic asks for them. ``shared`` lets layers with the same input
-    (query, key and value; gate and up) compute its Gram matrix once. lora_A: (r, in), float32, of the layer's bypass;
-    None where there is none, or none that shows anything.
+    (query, key and value; gate and up) compute its Gram matrix once. lora_A: (r, in), float32, of the layer's bypass,
+    where a statistic asks for it and it shows anything.
     """
 
     inputs: Tensor = field(repr=False)

@@ -182,6 +182,11 @@ def sensitivity_rows(G, W, A, B):
     )
 
 
+def gradient_rows(dB, A, X, s):
+    """c_i = (dB (A X A^T)^-1 dB^T)_ii / (s^2 r)."""
+    return (dB @ torch.linalg.inv(A @ X @ A.T) @ dB.T).diagonal() / (s**2 * len(A))
+
+
 def lora_gradient_gram(pairs, A):
     """Mean over tokens of ``sum over segments of 4 r tokens of D D^T``, D = sum_t g_t (R^-1 A x_t)^T / r^(1/2),
     R R^T = mean over tokens of ``A x (A x)^T`` and a ridge of 1e-9 of its mean. pairs: [(x, g)], one a micro-batch.

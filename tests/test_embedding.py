@@ -133,7 +133,7 @@ def test_is_compressed_like_the_linear_layer_of_unit_vectors(importance: str, fa
     """LoRA's gradient shows nothing of an embedding while A is zero: there it is the gradients of all tokens."""
     weight = torch.randn(NUM_IDS, WIDTH)
     choices = {"factor_format": factor_format, "init_weights": False, **form(importance)}
-    of_linear = "kronecker" if importance == "lora_activation" else importance
+    of_linear = "kronecker" if importance == "lora_kronecker" else importance
     models = [
         run(Net(weight, is_embedding=kind), importance=preset, **choices)
         for kind, preset in ((True, importance), (False, of_linear))

@@ -185,7 +185,7 @@ def test_plain_svd_needs_no_observation() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("name", ["lora_gradient_gram", "input_gram"])
+@pytest.mark.parametrize("name", ["gradient_rows", "input_gram"])
 def test_non_finite_statistic_loses_nothing(name: str, value: float, tmp_path: Path) -> None:
     model = stopped(tmp_path, warmup=8)
     buffer = getattr(model.get_submodule(f"base_model.model.{DOWN}"), f"lora_svd_{name}")["default"]
@@ -241,6 +241,14 @@ def test_first_step_without_any_gradient_is_no_error() -> None:
     backward(model).base_model.update_and_allocate(1)
     model.base_model.set_param_ratio(0.6)
     assert parameter_report(model.merge_and_unload()).param_ratio <= 0.6
+
+
+def test_non_finite_statistic_of_a_step_names_the_module() -> None:
+    model = wrap(total_steps=20)
+    backward(model)
+    model.get_submodule(f"base_model.model.{DOWN}").lora_svd_input_gram["default"][0, 0] = math.nan
+    with pytest.raises(NumericalError, match=rf"^{DOWN}: metric has \d+ of 16 non-finite values"):
+        model.base_model.update_and_allocate(0)
 
 
 def test_non_finite_loss_stops_a_trainer(tmp_path: Path) -> None:

@@ -6,13 +6,15 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from lora_svd import LoraSVDConfig
+from lora_svd import LoraSVDConfig, LoraSVDError
 from lora_svd.importance import IMPORTANCES
 from lora_svd.linalg import gram
 from lora_svd.statistics import (
     STATISTICS,
     LayerStatistics,
     StepObservation,
+    gradient_rows,
+    input_sketch,
     minnorm_gradient,
     segment_gradients,
 )
@@ -89,17 +91,19 @@ def test_reference_agrees_with_the_hand():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("name", ["lora_rows", "minnorm_rows"])
+@pytest.mark.parametrize("name", ["lora_rows", "minnorm_rows", "gradient_rows"])
 def test_step_statistics_equal_the_formula_on_the_gradients_of_a_run(name, autocast):
     """Several steps with an optimizer in between; W, A and B are those that the gradients belong to."""
-    preset = {"lora_rows": "lora", "minnorm_rows": "lora_minnorm"}[name]
+    preset = {"lora_rows": "lora", "minnorm_rows": "lora_minnorm", "gradient_rows": "lora_activation"}[name]
     config = LoraSVDConfig(r=3, lora_alpha=5, target_modules=["0"], importance=preset)
     model = get_peft_model(nn.Sequential(nn.Linear(9, 6)), config)
     layer, optimizer, rows = model.base_model.model[0], torch.optim.SGD(model.parameters(), lr=0.1), []
+    inputs = []
     for number in range(4):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             for _ in range(2):
-                (model(torch.randn(8, 9)) - torch.randn(8, 6)).square().mean().backward()
+                inputs.append(torch.randn(8, 9).bfloat16().float())  # as the layer takes them under autocast
+                (model(inputs[-1]) - torch.randn(8, 6)).square().mean().backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             parameters = (layer.lora_svd_A["default"], layer.lora_svd_B["default"])
             A, B, dA, dB = (t.detach().double() for t in (*parameters, *(p.grad for p in parameters)))
@@ -107,8 +111,12 @@ def test_step_statistics_equal_the_formula_on_the_gradients_of_a_run(name, autoc
                 "lora_rows": reference.lora_gradient(A, B, dA, dB),
                 "minnorm_rows": reference.minnorm_gradient(A, B, dA, dB, 5 / 3),
             }
-            W = layer.base_layer.weight.detach().double()
-            rows.append(reference.sensitivity_rows(estimates[name], W, A, B))
+            if name in estimates:
+                W = layer.base_layer.weight.detach().double()
+                rows.append(reference.sensitivity_rows(estimates[name], W, A, B))
+            else:
+                seen = torch.cat(inputs).double()
+                rows.append(reference.gradient_rows(dB, A, seen.T @ seen / len(seen), 5 / 3))
             model.base_model.update_and_allocate(number, total_steps=100)
         optimizer.step()
         optimizer.zero_grad()
@@ -177,7 +185,8 @@ def test_presets_are_the_formulas(seen):
     expected = {
         "lora": (S["lora_rows"] / 2, None),
         "lora_minnorm": (S["minnorm_rows"] / 2, None),
-        "lora_activation": (S["lora_gradient_gram"] / 10, X),
+        "lora_activation": (S["gradient_rows"] / 2, X),
+        "lora_kronecker": (S["lora_gradient_gram"] / 10, X),
         "fisher": (S["weight_gradient_rows"] / 4, None),
         "fisher_elementwise": (None, None),
         "activation_scale": (None, S["input_abs"] / 10),
@@ -196,6 +205,38 @@ def test_presets_are_the_formulas(seen):
         assert (metrics.elements is not None) == IMPORTANCES[name].elementwise
     elements = IMPORTANCES["fisher_elementwise"].metrics(seen).elements
     assert torch.equal(elements, S["weight_gradient_square"] / 4)
+
+
+def test_gradient_rows_estimate_the_diagonal_of_the_gradient_covariance():
+    """For independent g and x, whatever the input's covariance and the random sketch A: E[c] = T diag C."""
+    tokens, X_root = 64, torch.randn(9, 9, dtype=torch.float64) * torch.logspace(0, 1.5, 9, dtype=torch.float64)
+    C_root, rows = torch.randn(5, 5, dtype=torch.float64), []
+    for _ in range(400):
+        A = torch.randn(4, 9, dtype=torch.float64)
+        x = torch.randn(tokens, 9, dtype=torch.float64) @ X_root.T
+        g = torch.randn(tokens, 5, dtype=torch.float64) @ C_root.T
+        nothing = torch.zeros(5, 4, dtype=torch.float64)
+        seen = StepObservation(
+            weight=torch.zeros(5, 9), lora_A=A, lora_B=nothing, grad_A=nothing.T, grad_B=2.5 * g.T @ x @ A.T,
+            scaling=2.5, input_sketch=input_sketch(A, X_root @ X_root.T),
+        )  # fmt: skip
+        rows.append(gradient_rows(seen))
+    expected = tokens * (C_root @ C_root.T).diagonal()
+    assert reference.relative_error(torch.stack(rows).mean(0), expected) < 0.1
+
+
+@pytest.mark.parametrize("size", [1, 256, 600])
+def test_input_sketch_is_exact_in_any_width(size):
+    """In float64, although the Gram matrix is in float32 and of very different scales."""
+    rows = torch.randn(40, size) * torch.logspace(0, 3, size)
+    A, X = torch.randn(4, size), rows.T @ rows
+    assert reference.relative_error(input_sketch(A, X), A.double() @ X.double() @ A.double().T) < 1e-12
+
+
+def test_gradient_rows_ask_for_the_input_gram():
+    empty = torch.zeros(2, 2)
+    with pytest.raises(LoraSVDError, match="gradient_rows: collect input_gram"):
+        gradient_rows(StepObservation(empty, empty, empty, empty, empty, 1.0))
 
 
 # -- LoRA's gradients of segments of tokens ----------------------------------------------------------------------------

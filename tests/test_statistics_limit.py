@@ -21,7 +21,7 @@ from lora_svd.decompositions.svd import weighted_svd
 from lora_svd.html_report import TrainedRun
 from lora_svd.importance import IMPORTANCES
 from lora_svd.linalg import Metrics, gram, shrink
-from lora_svd.sketch import expand, sketched_gram
+from lora_svd.sketch import between, expand, sketched_gram
 from lora_svd.statistics import STATISTICS
 from lora_svd.statistics_limit import choose_sketches, statistics_bytes
 
@@ -90,19 +90,21 @@ def correlated(size: int, num_tokens: int, decay: float) -> Tensor:
 
 
 def test_sketch_of_a_matrix_of_its_rank_is_exact() -> None:
-    rows = torch.randn(5, 40)
+    rows, A = torch.randn(5, 40), torch.randn(3, 40)
     exact = rows.double().T @ rows.double()
     sketch = sketched_gram(rows, 8)
     assert sketch.shape == (9, 40)
     assert relative_error(expand(sketch), exact) < 1e-5
+    assert relative_error(between(A, sketch), A.double() @ exact @ A.double().T) < 1e-5
 
 
 @pytest.mark.parametrize("rank", [0, 1, 6])
 def test_sketch_stands_for_a_metric_with_the_right_diagonal(rank: int) -> None:
-    rows = correlated(48, 500, 0.5)
+    rows, A = correlated(48, 500, 0.5), torch.randn(4, 48)
     exact, found = gram(rows).double(), expand(sketched_gram(rows, rank))
     assert relative_error(found.diagonal(), exact.diagonal()) < 1e-6
     assert float(torch.linalg.eigvalsh(found)[0]) > 0
+    assert relative_error(between(A, sketched_gram(rows, rank)), A.double() @ found @ A.double().T) < 1e-9
     if rank == 0:
         assert torch.equal(found, found.diagonal().diag())
     assert not expand(torch.zeros(rank + 1, 48)).any()
@@ -217,7 +219,7 @@ def test_adapter_with_sketches_is_loaded_and_needs_its_limit(tmp_path: Path) -> 
     assert kept_bytes(again) <= 60_000
     again.add_adapter("second", settings(statistics_limit=60_000))
     assert any(layer.is_sketched("second") for _, layer in again.base_model._tuner_layers("second"))
-    with pytest.raises(LoraSVDError, match=r"lora_svd_lora_gradient_gram: has shape \(3, 32\) .* \(32, 32\)"):
+    with pytest.raises(LoraSVDError, match=r"lora_svd_input_gram: has shape \(3, 32\) .* \(32, 32\)"):
         wrap(**SCHEDULES["one-shot"]).load_adapter(start, "default", is_trainable=True)
     other = wrap(ARCHITECTURES["llama"], **SCHEDULES["one-shot"], statistics_limit=60_000)
     make_trainer(other, tmp_path / "other", steps=12).train(resume_from_checkpoint=str(start))
@@ -230,9 +232,9 @@ def test_statistics_device_holds_sums_and_not_counts() -> None:
         config = LoraSVDConfig(target_modules=["0"], statistics_device=chosen)
         with torch.device("meta"):
             layer = get_peft_model(nn.Sequential(nn.Linear(5, 3)), config).base_model.model[0]
-        layer._accumulate("default", "output_square", torch.ones(3, device=expected))
+        layer._accumulate("default", "gradient_rows", torch.ones(3, device=expected))
         layer._count("default", "step", 1)
-        assert layer._state("output_square")["default"].device.type == expected
+        assert layer._state("gradient_rows")["default"].device.type == expected
         assert layer._state("counts")["default"].device.type == "meta"
 
 

@@ -109,9 +109,8 @@ def compress_checkpoint(
 
 def _statistics(config: LoraSVDConfig) -> tuple[str, ...]:
     statistics = IMPORTANCES[config.importance].statistics
-    possible = [
-        name for name, preset in IMPORTANCES.items() if not any(STATISTICS[of].of_bypass for of in preset.statistics)
-    ]
+    of_lora = {name for name, statistic in STATISTICS.items() if statistic.per == "step" or statistic.of_bypass}
+    possible = [name for name, preset in IMPORTANCES.items() if of_lora.isdisjoint(preset.statistics)]
     if config.importance not in possible:
         raise LoraSVDError(
             f"importance: got {config.importance!r}, which looks at the gradients of a LoRA that is trained, and "

@@ -43,6 +43,7 @@ from transformers import HfArgumentParser
 from lora_svd import LoraSVDConfig
 from lora_svd.compact import parameter_report
 from lora_svd.importance import IMPORTANCES, Importance, plain
+from lora_svd.statistics import STATISTICS
 
 
 @dataclass
@@ -211,17 +212,20 @@ ROWS = {
     "modegpt, stronger": Row(partial(modegpt, stronger=True)),
     "ours, lora_activation": Row(partial(one_shot, importance="lora_activation")),
     "ours, gradient_activation": Row(partial(one_shot, importance="gradient_activation")),
+    "ours, lora_kronecker": Row(partial(one_shot, importance="lora_kronecker")),
     "ours, kronecker": Row(partial(one_shot, importance="kronecker")),
     "svd_llm + LoRA": Row(svd_llm_lora, trains=True),
     "loraprune": Row(pruned, trains=True),
     "ours + recovery, defaults": Row(ours, trains=True),
     "ours + recovery": Row(partial(ours, **BEST), trains=True),
+    "ours, lora_kronecker + recovery": Row(partial(ours, importance="lora_kronecker", **BEST), trains=True),
     "ours, kronecker + recovery": Row(partial(ours, importance="kronecker", **BEST), trains=True),
     "ours + recovery, any size from one run": Row(partial(any_size, **BEST), trains=True),
 }
 EVERYTHING = "every statistic that the rows need"
 _needed = {name for preset in IMPORTANCES.values() if not preset.elementwise for name in preset.statistics}
-IMPORTANCES[EVERYTHING] = Importance(tuple(sorted(_needed)), plain)
+# in the order of the registry, so that a statistic finds the ones it is built on
+IMPORTANCES[EVERYTHING] = Importance(tuple(name for name in STATISTICS if name in _needed), plain)
 
 
 def main() -> None:
