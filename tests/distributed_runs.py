@@ -47,6 +47,7 @@ EVERYTHING = {**CUBIC, "importance": "kronecker", "train_factors": True, "distil
 ACCUMULATED = {"gradient_accumulation_steps": 2}
 MINNORM = {"importance": "lora_minnorm", "warmup": 5}
 LIMITED = {"warmup": 5, "importance": "kronecker", "statistics_limit": 60_000, "statistics_device": "cpu"}
+SEGMENTS = {"warmup": 5, "importance": "lora_kronecker"}
 DISTILLED = {"warmup": 5, "distillation": 0.5}
 
 
@@ -267,6 +268,8 @@ RUNS: dict[str, Callable[[Path], Any]] = {
     "fsdp-from-4": partial(train, resume="fsdp-killed-while-factorizing/checkpoint-4", reload=True, **FSDP),
     "fsdp-killed-while-saving": partial(killed_while_saving, config=DISTILLED, **FSDP),
     "fsdp-from-6": partial(train, resume="fsdp-killed-while-saving/checkpoint-6", reload=True, **FSDP),
+    "segments": partial(train, config=SEGMENTS),
+    "fsdp-segments": partial(train, config=SEGMENTS, **FSDP),
     "fsdp-minnorm": partial(train, config=MINNORM, **ACCUMULATED, **FSDP),
     "refused": partial(refused, {"late save": late_save, "failing layer": failing_layer, "command": command_line}),
     "refused-with-fsdp": refused_with_fsdp,

@@ -92,6 +92,11 @@ def test_processes_end_like_one_with_the_same_batches(
     assert_close(ends(runs, run), tensors(train(tmp_path, world=1, **options)))
 
 
+def test_segments_of_sharded_processes_are_those_of_whole_ones(runs: Path) -> None:
+    """A segment has tokens of one process, so that one process alone has others; A may be sharded when it is used."""
+    assert_close(ends(runs, "fsdp-segments"), ends(runs, "segments"))
+
+
 def test_loop_by_hand_ends_like_that_of_one_process(runs: Path, tmp_path: Path) -> None:
     assert_close(ends(runs, "by-hand"), tensors(by_hand(tmp_path, world=1)))
 
