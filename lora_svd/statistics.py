@@ -109,7 +109,7 @@ def segment_gradients(hidden: Tensor, g: Tensor, num_observed: Tensor | int) -> 
     """LoRA's gradients of B, of segments of tokens, (n, out), whitened so that ``E[rows^T rows] = sum g g^T``.
 
     With ``h = A x``, hidden (tokens, r), the gradient of B of a segment is ``dB = s sum_t g_t h_t^T``. Here h is
-    whitened, ``z = M^-1/2 h`` with ``M = mean h h^T``, so that the few large directions of the input do not drown the
+    whitened, ``z = M^-1/2 h`` with ``M = mean h h^T`` over what is given, so that the few large directions of the input do not drown the
     others, and scaled to ``mean |z|^2 = 1``: where g is independent of z and of other tokens' g, the columns of
     ``sum_t g_t z_t^T`` have the covariance that is sought, whatever A is.
 
@@ -124,7 +124,7 @@ def segment_gradients(hidden: Tensor, g: Tensor, num_observed: Tensor | int) -> 
     tokens, r = hidden.shape
     h, tiny = hidden.double(), 1e-200
     M = gram(h)
-    M.diagonal().add_(1e-9 * M.diagonal().mean() + tiny)
+    M.diagonal().add_(1e-9 * M.diagonal().mean() + tiny)  # few tokens do not span M, and no input is no gradient
     z = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(M)[0], h.T, upper=False).T
     z = (z * (num_observed / z.square().sum().clamp_min(tiny)).sqrt()).to(g.dtype)
     missing = -tokens % (SEGMENT * r)

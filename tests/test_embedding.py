@@ -480,9 +480,12 @@ def test_a_lora_on_the_factors_of_a_tied_pair_is_merged(factor_format: str, tmp_
 
 
 @TIED
-def test_what_a_tied_head_says_of_the_weight_is_observed() -> None:
+@pytest.mark.parametrize(
+    ("importance", "statistic"), [("kronecker", "output_gram"), ("lora_kronecker", "lora_gradient_gram")]
+)
+def test_what_a_tied_head_says_of_the_weight_is_observed(importance: str, statistic: str) -> None:
     """The sum of g g^T and |d|^2 h h^T over both roles, written densely."""
-    model = wrap(target_modules=["embed_tokens"], importance="kronecker", warmup=5, total_steps=6)
+    model = wrap(target_modules=["embed_tokens"], importance=importance, warmup=5, total_steps=6)
     inner = model.base_model.model
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -500,7 +503,7 @@ def test_what_a_tied_head_says_of_the_weight_is_observed() -> None:
     g, h, d = (tensor.double().flatten(0, 1) for tensor in (y.grad, h, answers.grad))
     expected = g.T @ g + (d.square().sum(1)[:, None] * h).T @ h
     found = inner.get_input_embeddings().statistics("default")
-    assert reference.relative_error(found.sums["output_gram"], expected) < 1e-5
+    assert reference.relative_error(found.sums[statistic], expected) < 1e-5
     assert found.counts["token"] == int(g.any(1).sum())
 
 
