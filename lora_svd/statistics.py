@@ -109,9 +109,9 @@ def segment_gradients(hidden: Tensor, g: Tensor, num_observed: Tensor | int) -> 
     """LoRA's gradients of B, of segments of tokens, (n, out), whitened so that ``E[rows^T rows] = sum g g^T``.
 
     With ``h = A x``, hidden (tokens, r), the gradient of B of a segment is ``dB = s sum_t g_t h_t^T``. Here h is
-    whitened, ``z = M^-1/2 h`` with ``M = mean h h^T`` over what is given, so that the few large directions of the input do not drown the
-    others, and scaled to ``mean |z|^2 = 1``: where g is independent of z and of other tokens' g, the columns of
-    ``sum_t g_t z_t^T`` have the covariance that is sought, whatever A is.
+    whitened, ``z = M^-1/2 h`` with ``M = mean h h^T`` over what is given, so that the few large directions of the input
+    do not drown the others, and scaled to ``mean |z|^2 = 1``: where g is independent of z and of other tokens' g, the
+    columns of ``sum_t g_t z_t^T`` have the covariance that is sought, whatever A is.
 
     A segment has ``SEGMENT`` r tokens, so that there are a quarter as many rows as tokens, and a quarter of the work of
     ``g^T g``. The gradient of a whole batch, which the optimizer sees, has r rows: they show the diagonal, but hardly
