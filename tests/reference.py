@@ -188,18 +188,19 @@ def gradient_rows(dB, A, X, s):
 
 
 def lora_gradient_gram(pairs, A):
-    """Mean over tokens of ``sum over segments of 4 r tokens of D D^T``, D = sum_t g_t (R^-1 A x_t)^T / r^(1/2),
-    R R^T = mean over tokens of ``A x (A x)^T`` and a ridge of 1e-9 of its mean. pairs: [(x, g)], one a micro-batch.
+    """Mean over tokens of ``sum over segments of D D^T``, D = sum_t g_t z_t^T, z_t = R^-1 A x_t of length 1,
+    R R^T = ``sum_t A x_t (A x_t)^T`` and a ridge of 1e-9 of its mean. A segment is one of every n tokens, the least n
+    that makes it at most 4 r tokens. pairs: [(x, g)], one a micro-batch.
     """
     total, count, r = 0, 0, len(A)
     for x, g in pairs:
         x, g = x.double().flatten(0, -2), g.double().flatten(0, -2)
         seen = g.abs().amax(1) > 0
         h = x @ A.double().T * seen[:, None]
-        M = h.T @ h / seen.sum()
+        M = h.T @ h
         z = h @ torch.linalg.inv(torch.linalg.cholesky(M + 1e-9 * M.diagonal().mean() * torch.eye(r))).T
-        z /= (z.square().sum() / seen.sum()).sqrt()
-        segments = zip(z.split(4 * r), g.split(4 * r), strict=True)
-        total = total + sum(D @ D.T for D in (g_s.T @ z_s for z_s, g_s in segments))
+        z[seen] /= z[seen].norm(dim=1, keepdim=True)
+        n = -(-len(z) // (4 * r))
+        total = total + sum(D @ D.T for D in (g[i::n].T @ z[i::n] for i in range(n)))
         count += int(seen.sum())
     return total / count
