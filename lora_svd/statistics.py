@@ -111,8 +111,8 @@ def segment_gradients(hidden: Tensor, g: Tensor) -> Tensor:
     With ``h = A x``, hidden (tokens, r), the gradient of B of a segment is ``dB = s sum_t g_t h_t^T``. Here h is
     whitened, ``z = M^-1/2 h`` with ``M = sum h h^T`` over what is given, so that the few large directions of the input
     do not drown the others, and scaled to ``|z_t| = 1``, so that a token counts once, however large its input is. The
-    columns of ``sum_t g_t z_t^T`` have the covariance that is sought, whatever A is, as far as tokens of a segment have
-    nothing to do with each other: a segment takes one of every n tokens, since neighbours have.
+    columns of ``sum_t g_t z_t^T`` have the covariance that is sought, whatever A is, as far as the tokens of a segment
+    are independent. Neighbours are not, so a segment takes every n-th token.
 
     A segment has ``SEGMENT`` r tokens, so that there are a quarter as many rows as tokens, and a quarter of the work of
     ``g^T g``. The gradient of a whole batch, which the optimizer sees, has r rows: they show the diagonal, but hardly
