@@ -6,7 +6,10 @@ identity), a vector (its diagonal) or a square matrix.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,8 +42,33 @@ class Metrics:
 
 
 def gram(rows: Tensor) -> Tensor:
-    """``sum over rows of x x^T``, (n, n), of rows (tokens, n), in their dtype."""
+    """``sum over rows of x x^T``, (n, n), of rows (tokens, n), in their dtype, but in float32 of half-precision ones.
+
+    Products of bfloat16 numbers are exact in float32, and units made for them, where there are some, add them in
+    float32: as exact as products of float32, in a third of the time.
+    """
+    if rows.dtype == torch.bfloat16:
+        with _bfloat16_products():
+            return rows.T.float() @ rows.float()
+    rows = rows.float() if rows.dtype == torch.float16 else rows
     return symmetric_product(rows, rows)
+
+
+@contextmanager
+def _bfloat16_products() -> Iterator[None]:
+    """Multiply float32 tensors as if they were bfloat16 (oneDNN) or TensorFloat-32 (CUDA), and add in float32."""
+    backends: tuple[tuple[Any, str], ...] = (
+        (torch.backends.mkldnn.matmul, "bf16"),
+        (torch.backends.cuda.matmul, "tf32"),
+    )
+    before = [backend.fp32_precision for backend, _ in backends]
+    for backend, precision in backends:
+        backend.fp32_precision = precision
+    try:
+        yield
+    finally:
+        for (backend, _), precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def symmetric_product(left: Tensor, right: Tensor) -> Tensor:

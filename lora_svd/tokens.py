@@ -23,9 +23,10 @@ from .sketch import sketched_gram
 class TokenObservation:
     """One backward pass of one layer. x: (samples, tokens, in), g: (samples, tokens, out), float32, unobserved rows 0.
 
-    Both are made of what autograd holds where a statistic asks for them. ``shared`` lets layers with the same input
-    (query, key and value; gate and up) compute its Gram matrix once. lora_A: (r, in), float32, of the layer's bypass,
-    where a statistic asks for it and it shows anything.
+    Both are made, where a statistic asks for them, of the inputs and gradients that autograd holds, in the dtype in
+    which the layer multiplies; all of them are finite, and gradients of tokens that are not observed are 0. ``shared``
+    lets layers with the same input (query, key and value; gate and up) compute its Gram matrix once. lora_A: (r, in),
+    float32, of the layer's bypass, where a statistic asks for it and it shows anything.
     """
 
     inputs: Tensor = field(repr=False)
@@ -35,12 +36,17 @@ class TokenObservation:
     lora_A: Tensor | None = field(default=None, repr=False)
 
     @cached_property
+    def observed_inputs(self) -> Tensor:
+        """x in the dtype of ``inputs``."""
+        return self.inputs * self.observed[..., None]
+
+    @cached_property
     def x(self) -> Tensor:
-        return self.inputs.float().where(self.observed[..., None], 0.0)
+        return self.observed_inputs.float()
 
     @cached_property
     def g(self) -> Tensor:
-        return self.gradients.float().where(self.observed[..., None], 0.0)
+        return self.gradients.float()
 
     @property
     def in_features(self) -> int:
@@ -121,7 +127,7 @@ class SharedGram:
     def gram(self, seen: TokenObservation) -> Tensor:
         """sum over tokens of ``x x^T``, (in, in)."""
         if self._gram is None:
-            self._gram = gram(seen.x.flatten(0, 1))
+            self._gram = gram(seen.observed_inputs.flatten(0, 1))
         return self._gram
 
     def add(self, total: Tensor | None, value: Tensor, device: torch.device) -> Tensor:
@@ -205,9 +211,14 @@ def observe_tokens(
         x, g = (tensor.reshape(1, num_tokens, -1)[:, start::stride] for tensor in (x, g))
     else:
         x, g = (tensor.reshape(tensor.shape[0], -1, tensor.shape[-1]) for tensor in (x, g))
+    if g.dtype == torch.bfloat16 and num_ids is None:
+        x = x.to(g.dtype)  # as the layer did under autocast
     size = g.abs().sum(-1, dtype=torch.float32)
     # What overflowed would spoil the sums for good. It is no secret: its gradients are not finite either.
-    observed = (size != 0) & (size + x.sum(-1, dtype=torch.float32)).isfinite()
+    finite = (size + x.sum(-1, dtype=torch.float32)).isfinite()
+    if not bool(finite.all()):
+        x, g = (tensor.masked_fill(~finite[..., None], 0) for tensor in (x, g))
+    observed = (size != 0) & finite
     shared.bind(observed)
     counts = {"token": observed.sum(), "sample": observed.any(-1).sum()}
     if num_ids is not None:

@@ -128,6 +128,18 @@ def test_negative_metric_is_an_error():
         metric_root(-positive())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gram_of_half_precision_is_float32(dtype):
+    """As exact as of the same numbers in float32, and without a trace in how others multiply."""
+    rows, other = (torch.randn(700, 300).to(dtype) for _ in range(2))
+    before = other.float().T @ rows.float()
+    found, sought = gram(rows), rows.double().T @ rows.double()
+    assert found.dtype == torch.float32
+    assert reference.relative_error(found, sought) < 1e-6
+    assert torch.equal(other.float().T @ rows.float(), before)
+    assert torch.backends.mkldnn.matmul.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "none"
+
+
 def test_gram_that_was_accumulated_in_half_precision_is_refused():
     """Fewer tokens than features, rounded to bfloat16: eigenvalues that must be zero are not."""
     x = torch.randn(8, 64, dtype=torch.float64)

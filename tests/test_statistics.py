@@ -182,13 +182,14 @@ def test_sums_stay_float32_under_autocast(importance, inside):
     """The gradient of a linear loss is known exactly, so that any product in bfloat16 is seen. Inputs and gradients are
     those of the layer's own product, in bfloat16."""
     model, layer = single_layer(importance)
-    x, g = (torch.randn(4, 30, width).bfloat16().float() for width in (5, 3))
+    x, g = torch.randn(4, 30, 5), torch.randn(4, 30, 3).bfloat16().float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = (model(x) * g).sum()
         if inside:
             loss.backward()
     if not inside:
         loss.backward()
+    x = x.bfloat16().float()
     per_sample = torch.einsum("sto,sti->soi", g.double(), x.double()).square().mean(0)
     wanted = {**reference.token_statistics([(x, g)]), **weight_gradients(per_sample)}
     seen = layer.statistics("default")
