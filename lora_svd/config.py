@@ -76,7 +76,7 @@ class LoraSVDConfig(PeftConfig):
 
     Measured (SmolLM2-135M, 60 steps of 2,048 tokens of WikiText-2, param_ratio 0.6, one seed; perplexity in multiples
     of the dense model's on WikiText-2 / on C4, which nothing saw): the defaults 1.34 / 3.02; ``train_factors=True,
-    distillation=0.5, observed_tokens=1.0`` 1.28 / 2.51 (at 0.8: 0.87 / 1.25), with ``importance="lora_kronecker"``
+    distillation=0.5, observed_tokens=1.0`` 1.28 / 2.51 (at 0.8: 0.87 / 1.25), with ``importance="lora_activation"``
     besides 1.19 / 2.38 (0.86 / 1.21), with ``"kronecker"`` 1.19 / 2.36 (0.85 / 1.21), for more memory and time, and not
     for a model whose head is new: its teacher is the model without adapters. See ``recipes/benchmarks/README.md``.
 

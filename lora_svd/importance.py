@@ -43,17 +43,18 @@ def lora_minnorm(seen: LayerStatistics) -> Metrics:
 
 
 def lora_activation(seen: LayerStatistics) -> Metrics:
-    """The diagonal of ``C = E[g g^T]``, estimated from LoRA's gradients alone, for the rows; ``X = E[x x^T]`` for the
-    columns: :func:`lora_svd.statistics.gradient_rows`. The error is then in units of loss, comparable across layers.
-    """
-    return Metrics(row=seen.mean("gradient_rows"), column=seen.mean("input_gram"))
-
-
-def lora_kronecker(seen: LayerStatistics) -> Metrics:
-    """All of ``C = E[g g^T]``, estimated from LoRA's gradients of segments of tokens, and X: the metric of "kronecker"
-    for a quarter of the work on outputs. :func:`lora_svd.statistics.segment_gradients`.
+    """``C = E[g g^T]``, estimated from LoRA's gradients of segments of tokens, for the rows; ``X = E[x x^T]`` for the
+    columns: :func:`lora_svd.statistics.segment_gradients`. The metric of "kronecker", so that the error is in units of
+    loss, comparable across layers, for a quarter of the work on outputs.
     """
     return Metrics(row=seen.mean("lora_gradient_gram"), column=seen.mean("input_gram"))
+
+
+def lora_diagonal(seen: LayerStatistics) -> Metrics:
+    """The diagonal of C alone, from LoRA's gradients of whole batches, and X: half of the memory for statistics.
+    :func:`lora_svd.statistics.gradient_rows`.
+    """
+    return Metrics(row=seen.mean("gradient_rows"), column=seen.mean("input_gram"))
 
 
 def fisher(seen: LayerStatistics) -> Metrics:
@@ -97,8 +98,8 @@ def plain(seen: LayerStatistics) -> Metrics:
 IMPORTANCES: dict[str, Importance] = {
     "lora": Importance(("lora_rows",), lora),
     "lora_minnorm": Importance(("minnorm_rows",), lora_minnorm),
-    "lora_activation": Importance(("gradient_rows", "input_gram"), lora_activation),
-    "lora_kronecker": Importance(("lora_gradient_gram", "input_gram"), lora_kronecker),
+    "lora_activation": Importance(("lora_gradient_gram", "input_gram"), lora_activation),
+    "lora_diagonal": Importance(("gradient_rows", "input_gram"), lora_diagonal),
     "fisher": Importance(("weight_gradient_rows",), fisher),
     "fisher_elementwise": Importance(("weight_gradient_square",), fisher_elementwise, elementwise=True),
     "activation_scale": Importance(("input_abs",), activation_scale),

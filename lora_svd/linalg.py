@@ -57,10 +57,8 @@ def gram(rows: Tensor) -> Tensor:
 @contextmanager
 def _bfloat16_products() -> Iterator[None]:
     """Multiply float32 tensors as if they were bfloat16 (oneDNN) or TensorFloat-32 (CUDA), and add in float32."""
-    backends: tuple[tuple[Any, str], ...] = (
-        (torch.backends.mkldnn.matmul, "bf16"),
-        (torch.backends.cuda.matmul, "tf32"),
-    )
+    libraries: Any = torch.backends
+    backends = ((libraries.mkldnn.matmul, "bf16"), (libraries.cuda.matmul, "tf32"))
     before = [backend.fp32_precision for backend, _ in backends]
     for backend, precision in backends:
         backend.fp32_precision = precision

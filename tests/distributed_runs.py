@@ -47,7 +47,7 @@ EVERYTHING = {**CUBIC, "importance": "kronecker", "train_factors": True, "distil
 ACCUMULATED = {"gradient_accumulation_steps": 2}
 MINNORM = {"importance": "lora_minnorm", "warmup": 5}
 LIMITED = {"warmup": 5, "importance": "kronecker", "statistics_limit": 60_000, "statistics_device": "cpu"}
-SEGMENTS = {"warmup": 5, "importance": "lora_kronecker"}
+SEGMENTS = {"warmup": 5, "importance": "lora_activation"}
 DISTILLED = {"warmup": 5, "distillation": 0.5}
 
 

@@ -133,7 +133,7 @@ def test_is_compressed_like_the_linear_layer_of_unit_vectors(importance: str, fa
     """LoRA's gradient shows nothing of an embedding while A is zero: there it is the gradients of all tokens."""
     weight = torch.randn(NUM_IDS, WIDTH)
     choices = {"factor_format": factor_format, "init_weights": False, **form(importance)}
-    of_linear = "kronecker" if importance == "lora_kronecker" else importance
+    of_linear = "kronecker" if importance == "lora_activation" else importance
     models = [
         run(Net(weight, is_embedding=kind), importance=preset, **choices)
         for kind, preset in ((True, importance), (False, of_linear))
@@ -203,7 +203,7 @@ def test_the_bypass_leaves_unseen_ids_and_the_padding_alone() -> None:
     weight = torch.randn(NUM_IDS, WIDTH)
     weight[PADDING] = 0
     net = Net(weight, is_embedding=True, padding=PADDING)
-    model = run(net, importance="lora_activation", compact_ranks={"embed": 4}, param_ratio=0.9)
+    model = run(net, importance="lora_diagonal", compact_ranks={"embed": 4}, param_ratio=0.9)
     layer = model.base_model.model.embed
     kept = [*UNSEEN, PADDING]
     columns = layer.lora_svd_A["default"].any(0)
@@ -481,7 +481,7 @@ def test_a_lora_on_the_factors_of_a_tied_pair_is_merged(factor_format: str, tmp_
 
 @TIED
 @pytest.mark.parametrize(
-    ("importance", "statistic"), [("kronecker", "output_gram"), ("lora_kronecker", "lora_gradient_gram")]
+    ("importance", "statistic"), [("kronecker", "output_gram"), ("lora_activation", "lora_gradient_gram")]
 )
 def test_what_a_tied_head_says_of_the_weight_is_observed(importance: str, statistic: str) -> None:
     """The sum of g g^T and |d|^2 h h^T over both roles, written densely."""

@@ -185,9 +185,9 @@ def test_plain_svd_needs_no_observation() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("name", ["gradient_rows", "input_gram"])
+@pytest.mark.parametrize("name", ["gradient_rows", "lora_gradient_gram", "input_gram"])
 def test_non_finite_statistic_loses_nothing(name: str, value: float, tmp_path: Path) -> None:
-    model = stopped(tmp_path, warmup=8)
+    model = stopped(tmp_path, warmup=8, importance="lora_diagonal" if name == "gradient_rows" else "lora_activation")
     buffer = getattr(model.get_submodule(f"base_model.model.{DOWN}"), f"lora_svd_{name}")["default"]
     whole = buffer.clone()
     buffer.view(-1)[0] = value
@@ -244,7 +244,7 @@ def test_first_step_without_any_gradient_is_no_error() -> None:
 
 
 def test_non_finite_statistic_of_a_step_names_the_module() -> None:
-    model = wrap(total_steps=20)
+    model = wrap(total_steps=20, importance="lora_diagonal")
     backward(model)
     model.get_submodule(f"base_model.model.{DOWN}").lora_svd_input_gram["default"][0, 0] = math.nan
     with pytest.raises(NumericalError, match=rf"^{DOWN}: metric has \d+ of 16 non-finite values"):

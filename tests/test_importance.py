@@ -94,7 +94,7 @@ def test_reference_agrees_with_the_hand():
 @pytest.mark.parametrize("name", ["lora_rows", "minnorm_rows", "gradient_rows"])
 def test_step_statistics_equal_the_formula_on_the_gradients_of_a_run(name, autocast):
     """Several steps with an optimizer in between; W, A and B are those that the gradients belong to."""
-    preset = {"lora_rows": "lora", "minnorm_rows": "lora_minnorm", "gradient_rows": "lora_activation"}[name]
+    preset = {"lora_rows": "lora", "minnorm_rows": "lora_minnorm", "gradient_rows": "lora_diagonal"}[name]
     config = LoraSVDConfig(r=3, lora_alpha=5, target_modules=["0"], importance=preset)
     model = get_peft_model(nn.Sequential(nn.Linear(9, 6)), config)
     layer, optimizer, rows = model.base_model.model[0], torch.optim.SGD(model.parameters(), lr=0.1), []
@@ -185,8 +185,8 @@ def test_presets_are_the_formulas(seen):
     expected = {
         "lora": (S["lora_rows"] / 2, None),
         "lora_minnorm": (S["minnorm_rows"] / 2, None),
-        "lora_activation": (S["gradient_rows"] / 2, X),
-        "lora_kronecker": (S["lora_gradient_gram"] / 10, X),
+        "lora_diagonal": (S["gradient_rows"] / 2, X),
+        "lora_activation": (S["lora_gradient_gram"] / 10, X),
         "fisher": (S["weight_gradient_rows"] / 4, None),
         "fisher_elementwise": (None, None),
         "activation_scale": (None, S["input_abs"] / 10),

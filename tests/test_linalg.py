@@ -135,7 +135,7 @@ def test_gram_of_half_precision_is_float32(dtype):
     before = other.float().T @ rows.float()
     found, sought = gram(rows), rows.double().T @ rows.double()
     assert found.dtype == torch.float32
-    assert reference.relative_error(found, sought) < 1e-6
+    assert reference.relative_error(found, sought) < 3e-6
     assert torch.equal(other.float().T @ rows.float(), before)
     assert torch.backends.mkldnn.matmul.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "none"
 

@@ -129,9 +129,9 @@ def test_importance(folders: dict[str, str]):
     given = {**SHORT, "steps": 12, "cache": folders["cache"], "shown_layer": "layers.1.mlp.up_proj"}
     found, figures = execute("importance.ipynb", given, answer)
     assert figures == 6
-    assert found["across"]["lora_activation"] > 0.9
-    assert found["within"]["lora_activation"] > 0.7
-    assert found["within"]["lora_activation"] > found["within"]["lora"]
+    assert found["across"]["lora_diagonal"] > 0.9
+    assert found["within"]["lora_diagonal"] > 0.7
+    assert found["within"]["lora_diagonal"] > found["within"]["lora"]
     assert set(found["results"]) == set(found["share"]) == set(found["presets"])
     assert all(1 < value < 1000 and value != found["dense"] for value in found["results"].values())
     assert len(set(found["results"].values())) == len(found["presets"])  # each preset was in force

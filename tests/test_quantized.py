@@ -121,7 +121,7 @@ def test_gradients_are_those_of_a_base_that_was_never_evaluated(dense: Path) -> 
     assert_bit_equal(gradients(evaluated=True), gradients(evaluated=False))
 
 
-@pytest.mark.parametrize("importance", ["lora", "lora_activation", "lora_kronecker", "kronecker"])
+@pytest.mark.parametrize("importance", ["lora", "lora_diagonal", "lora_activation", "kronecker"])
 def test_one_dequantized_weight_at_a_time(
     importance: str, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,7 +44,7 @@ def assert_resumes(folder: Path, architecture: str = "llama", **changes: Any) ->
     assert phases == {False, True}  # checkpoints before and after the first factorization
 
 
-@pytest.mark.parametrize("importance", ["lora_activation", "lora_kronecker", "kronecker"])
+@pytest.mark.parametrize("importance", ["lora_diagonal", "lora_activation", "kronecker"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_resumed_run_ends_bit_equal(schedule: str, importance: str, tmp_path: Path) -> None:
     assert_resumes(tmp_path, importance=importance, **SCHEDULES[schedule])

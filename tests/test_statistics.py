@@ -367,7 +367,7 @@ def test_packing_keeps_half_of_a_symmetric_matrix_to_the_bit() -> None:
         assert torch.equal(unpack(packed), whole)
 
 
-@pytest.mark.parametrize("importance", ["lora_activation", "kronecker"])
+@pytest.mark.parametrize("importance", ["lora_diagonal", "kronecker"])
 def test_statistics_take_half_once_they_are_complete(importance: str) -> None:
     """What they say stays the same, to the bit, and so does what follows from it."""
     torch.manual_seed(0)

@@ -23,8 +23,8 @@ SIZE = {"param_ratio": 0.8}
 TWO_SIDED = {**SIZE, "importance": "kronecker"}
 ROWS: dict[str, Callable[[CostArguments], dict[str, Any]]] = {
     "step, observing": partial(training_step, config=SIZE, observing=True),
-    "step, observing, lora_kronecker": partial(
-        training_step, config={**SIZE, "importance": "lora_kronecker"}, observing=True
+    "step, observing, lora_diagonal": partial(
+        training_step, config={**SIZE, "importance": "lora_diagonal"}, observing=True
     ),
     "step, observing, kronecker": partial(training_step, config=TWO_SIDED, observing=True),
     "step, observing, all tokens": partial(training_step, config={**SIZE, "observed_tokens": 1.0}, observing=True),

@@ -29,7 +29,7 @@ from lora_svd.compression import layer_metrics
 from lora_svd.decompositions import Factors
 from lora_svd.run_report import markdown_table
 
-SIZE = {"param_ratio": 0.8, "allocation": "uniform"}  # no layer is left dense, so all of them are factorized
+SIZE = {"param_ratio": 0.8, "importance": "lora_diagonal", "allocation": "uniform"}  # uniform: no layer is left dense
 INFERENCE_SIZE = 0.4
 LARGEST_WHOLE_SVD = 1024  # hidden size; beyond it takes too long
 WORK = {"factorization": "factorization", "whole_svds": "whole SVDs and roots", "export": "export"}

@@ -83,6 +83,7 @@ class Benchmark:
         if not (folder / "adapter_model.safetensors").exists():
             config = LoraSVDConfig(
                 param_ratio=min(given.sizes),
+                importance="lora_diagonal",  # the fewest statistics
                 factor_format="factors",
                 rank_multiple=64,
                 train_factors=True,
@@ -172,7 +173,8 @@ def memory(bench: Benchmark, size: float, *, ours: bool) -> dict[str, Any]:
     if not ours:
         bench.train(get_peft_model(model, lora(model)), steps)
         return {}
-    tuned = get_peft_model(model, LoraSVDConfig(param_ratio=0.6, warmup=steps // 2, factor_format="factors"))
+    config = LoraSVDConfig(param_ratio=0.6, importance="lora_diagonal", warmup=steps // 2, factor_format="factors")
+    tuned = get_peft_model(model, config)
     bench.train(tuned, steps, LoraSVDCallback())
     layers = [layer for layer in tuned.modules() if isinstance(layer, LoraSVDLinear)]
     sums = [tensor for layer in layers for tensor in layer.statistics("default").sums.values()]
