@@ -51,7 +51,7 @@ def lora_activation(seen: LayerStatistics) -> Metrics:
 
 
 def lora_diagonal(seen: LayerStatistics) -> Metrics:
-    """The diagonal of C alone, from LoRA's gradients of whole batches, and X: half of the memory for statistics.
+    """The diagonal of C alone, from LoRA's gradients of whole batches, and X: a third of the memory for statistics.
     :func:`lora_svd.statistics.gradient_rows`.
     """
     return Metrics(row=seen.mean("gradient_rows"), column=seen.mean("input_gram"))
