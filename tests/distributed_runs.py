@@ -145,7 +145,7 @@ class Holder(nn.Module):
 
 def by_hand(folder: Path, world: int = WORLD) -> PeftModel:
     """A loop without Trainer, interrupted during the warm-up, with trained factors."""
-    config = {"warmup": 3, "train_factors": True, "total_steps": 6}
+    config = {"warmup": 3, "train_factors": True, "total_steps": 6, "importance": "lora_diagonal"}
     model, data = wrap(**config).train(), LLAMA.data()
     rank = dist.get_rank() if world > 1 else 0
     for steps in (range(2), range(2, 6)):
