@@ -73,7 +73,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert relative_error(*(side.double() for side in pair)) < bound, name
 
 
-# A segment of tokens, from which "lora_activation" learns, is of one batch of one process: accumulated, they are the same.
+# A segment of tokens, from which "lora_activation" learns, is of one batch of one process, or of what is accumulated.
 SAME_SEGMENTS = {"per_device_train_batch_size": 4 // WORLD, "gradient_accumulation_steps": WORLD}
 
 
