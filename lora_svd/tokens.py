@@ -23,10 +23,10 @@ from .sketch import sketched_gram
 class TokenObservation:
     """One backward pass of one layer. x: (samples, tokens, in), g: (samples, tokens, out), float32, unobserved rows 0.
 
-    Both are made, where a statistic asks for them, of the inputs and gradients that autograd holds, in the dtype in
-    which the layer multiplies; all of them are finite, and gradients of tokens that are not observed are 0. ``shared``
-    lets layers with the same input (query, key and value; gate and up) compute its Gram matrix once. lora_A: (r, in),
-    float32, of the layer's bypass, where a statistic asks for it and it shows anything.
+    Both are made, where a statistic asks for them, of the inputs and gradients that autograd holds, in their dtypes;
+    all of these are finite, and gradients of tokens that are not observed are 0. ``shared`` lets layers with the same
+    input (query, key and value; gate and up) compute its Gram matrix once. lora_A: (r, in), float32, of the layer's
+    bypass, where a statistic asks for it and it shows anything.
     """
 
     inputs: Tensor = field(repr=False)
@@ -37,8 +37,9 @@ class TokenObservation:
 
     @cached_property
     def observed_inputs(self) -> Tensor:
-        """x in the dtype of ``inputs``."""
-        return self.inputs * self.observed[..., None]
+        """x as the layer multiplies it: in bfloat16 under autocast, whatever dtype it came in."""
+        is_bfloat16 = self.gradients.dtype == torch.bfloat16
+        return (self.inputs.bfloat16() if is_bfloat16 else self.inputs) * self.observed[..., None]
 
     @cached_property
     def x(self) -> Tensor:
@@ -211,8 +212,6 @@ def observe_tokens(
         x, g = (tensor.reshape(1, num_tokens, -1)[:, start::stride] for tensor in (x, g))
     else:
         x, g = (tensor.reshape(tensor.shape[0], -1, tensor.shape[-1]) for tensor in (x, g))
-    if g.dtype == torch.bfloat16 and num_ids is None:
-        x = x.to(g.dtype)  # as the layer did under autocast
     size = g.abs().sum(-1, dtype=torch.float32)
     # What overflowed would spoil the sums for good. It is no secret: its gradients are not finite either.
     finite = (size + x.sum(-1, dtype=torch.float32)).isfinite()
