@@ -44,6 +44,8 @@ class CompressArguments:
         "none", "Form the compact weights are saved in: none, nf4, fp4; needs factor_format: factors."
     )
     block_length: int = option(512, "Tokens in one training sequence.")
+    own_text_blocks: int = option(0, "Training sequences that the dense model writes itself, added to train_text's.")
+    own_text_start: str = option("", "Token that its documents begin with; empty: the tokenizer's bos_token.")
     window: int = option(1024, "Tokens in one window of the perplexity evaluation.")
     prompt: str = option("", "Text that the dense and the compact model continue; empty: none.")
     max_new_tokens: int = option(48, "Tokens to continue the prompt by.")
@@ -60,7 +62,8 @@ class CompressArguments:
         for name in ("train_text", "eval_text"):
             if not Path(getattr(self, name)).is_file():
                 raise LoraSVDError(f"{name}: no file {getattr(self, name)!r} (working directory: {Path.cwd()})")
-        for name, least in (("block_length", 2), ("window", 2), ("max_new_tokens", 1), ("report_tokens", 0)):
+        limits = {"block_length": 2, "own_text_blocks": 0, "window": 2, "max_new_tokens": 1, "report_tokens": 0}
+        for name, least in limits.items():
             if getattr(self, name) < least:
                 raise LoraSVDError(f"{name}: got {getattr(self, name)}, expected an integer >= {least}")
         for size in self.report_sizes:

@@ -33,6 +33,7 @@ from .errors import LoraSVDError
 from .evaluation import Perplexity, perplexity, token_blocks
 from .html_report import Measured, Messages, ReportData, TrainedRun, bytes_by_part, recorded_messages, write_report
 from .model_card import model_card
+from .own_text import own_text
 from .recipe import DTYPES, CompressArguments, Recipe
 from .run_report import RunReport
 from .training import LoraSVDCallback
@@ -76,6 +77,11 @@ def _compress(recipe: Recipe, say: Callable[[str], None], messages: Messages) ->
     with clock("evaluate dense"), about(run.eval_text):
         dense = _measure(model, tokenizer, eval_text, run)
         say(f"perplexity of {run.model}: {dense.perplexity}")
+    if run.own_text_blocks:
+        with clock("own text"):
+            start = run.own_text_start or None
+            own = own_text(model, tokenizer, run.own_text_blocks, run.block_length, start=start)
+            blocks = torch.cat((blocks, own))
     with clock("train and compress"):
         tuned, state = _train(model, blocks, recipe)
     trained = TrainedRun(tuned.base_model, state)

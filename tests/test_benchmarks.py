@@ -54,12 +54,12 @@ def test_language_model_benchmark_fills_its_table_and_resumes(tmp_path: Path) ->
         printed = run(tmp_path, "language_model.py", *words)
     assert printed == ""
     rows = [json.loads(line) for line in results.read_text().splitlines()]
-    assert len({row["row"] for row in rows}) == len(rows) == 21
+    assert len({row["row"] for row in rows}) == len(rows) == 22
     assert all(1 < row["words"] < 1000 and row["seconds"] > 0 and row["peak_mebibytes"] > 0 for row in rows)
     dense = next(row["parameters"] for row in rows if row["row"] == "dense")
     assert all((row["parameters"] < dense) == (row["param_ratio"] < 1) for row in rows)
     table = run(tmp_path, "figure.py", results, "--texts", "words")
-    assert table.count("\n| ") == 21, table  # below the heading
+    assert table.count("\n| ") == 22, table  # below the heading
     assert (tmp_path / "results-words.png").read_bytes().startswith(b"\x89PNG")
 
 

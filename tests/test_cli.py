@@ -141,6 +141,16 @@ class TestCompress:
         assert second["recipe"] == first["recipe"]
         assert second["perplexity_reloaded"] == first["perplexity_reloaded"]
 
+    def test_own_text_is_trained_on_besides(self, folder: Path):
+        (folder / "train.txt").write_text(make_text(16))  # one block
+        reports = []
+        for words in ([], ["--own_text_blocks", "40"]):
+            assert main(["compress", write_recipe(folder), *words]) == 0
+            reports.append(json.loads((folder / "out" / "compact" / "report.json").read_text()))
+        assert ["own text" in report["seconds"] for report in reports] == [False, True]
+        without, with_it = (report["perplexity_reloaded"] for report in reports)
+        assert with_it != pytest.approx(without, rel=1e-3)
+
     @pytest.mark.parametrize("words", [["--report_tokens", "0"], ["--report_sizes", "0.6"]])
     def test_no_other_sizes(self, folder: Path, words: list[str]):
         assert main(["compress", write_recipe(folder), *words]) == 0
@@ -203,6 +213,8 @@ class TestCompress:
             ({"report_sizes": [0.8, 2]}, (), "report_sizes: got 2, expected numbers in (0, 1]"),
             ({"report_tokens": -1}, (), "report_tokens: got -1, expected an integer >= 0"),
             ({"block_length": 1}, (), "block_length: got 1, expected an integer >= 2"),
+            ({"own_text_blocks": -1}, (), "own_text_blocks: got -1, expected an integer >= 0"),
+            ({"own_text_blocks": 1, "own_text_start": "<none>"}, (), "own_text: start is '<none>' and bos_token '<s>'"),
             ({"block_length": 601}, (), "train.txt: the text has 600 tokens, `block_length` asks for 601"),
             ({"window": 65}, (), "eval.txt: window is 65, but the model has positions for 64 tokens"),
             ({"target_modules": ["nothing"]}, (), "Target modules {'nothing'} not found in the base model"),

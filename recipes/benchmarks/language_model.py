@@ -13,6 +13,7 @@ statistic is collected. Rows that train have ``--steps`` optimizer steps, observ
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,11 +39,13 @@ from common import (
 from lora_prune import lora_prune
 from neuron_selection import select_neurons
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import HfArgumentParser
+from safetensors.torch import load_file, save_file
+from transformers import HfArgumentParser, set_seed
 
 from lora_svd import LoraSVDConfig
 from lora_svd.compact import parameter_report
 from lora_svd.importance import IMPORTANCES, Importance, plain
+from lora_svd.own_text import own_text
 from lora_svd.statistics import STATISTICS
 
 
@@ -58,6 +61,7 @@ class Arguments(TextArguments):
     observed_steps: int = field(default=24, metadata={"help": "Steps observed by the rows that do not train."})
     config: str = field(default="{}", metadata={"help": "JSON of LoraSVDConfig fields for 'ours', for ablations."})
     label: str = field(default="", metadata={"help": "Put behind the row's name, for ablations."})
+    start: str | None = field(default=None, metadata={"help": "Token the model's own text begins with; none: bos."})
 
 
 class Benchmark:
@@ -65,7 +69,7 @@ class Benchmark:
 
     def __init__(self, given: Arguments) -> None:
         self.given, self.results, self.texts = given, Results(Path(given.results)), Texts(given)
-        self.observation_seconds = 0.0  # of an observation made earlier that a row uses
+        self.earlier_seconds = 0.0  # of what a row uses and was made before
 
     def run(self, name: str) -> None:
         """All sizes and seeds of a row that have no result yet."""
@@ -75,10 +79,10 @@ class Benchmark:
                 key = {"row": label, "param_ratio": size, "seed": seed}
                 if self.results.has(**key):
                     continue
-                self.observation_seconds, memory, start = 0.0, PeakMemory(), time.perf_counter()
+                self.earlier_seconds, memory, start = 0.0, PeakMemory(), time.perf_counter()
                 with memory.watch():
                     model = row.make(self, size, seed)
-                seconds = time.perf_counter() - start + self.observation_seconds
+                seconds = time.perf_counter() - start + self.earlier_seconds
                 cost = {"seconds": round(seconds, 1), "peak_mebibytes": memory.mebibytes}
                 self.results.add(key | cost | self.measure(model))
 
@@ -93,11 +97,29 @@ class Benchmark:
                 measured |= {name: round(value, 4) for name, value in accuracies.items()}
         return measured
 
-    def train(self, model: Any, steps: int, seed: int, learning_rate: float | None = None) -> Any:
+    def train(self, model: Any, steps: int, seed: int, learning_rate: float | None = None, examples: Any = None) -> Any:
         """Train a PEFT model in place; a LoraSVD adapter goes through its phases."""
         rate = self.given.learning_rate if learning_rate is None else learning_rate
         arguments = training_arguments(CACHE, steps=steps, batch=self.given.batch, learning_rate=rate, seed=seed)
-        return train(model, self.texts.examples, arguments, *phases_of(model))
+        return train(model, self.texts.examples if examples is None else examples, arguments, *phases_of(model))
+
+    def with_own_text(self, seed: int) -> list[Any]:
+        """What one run reads, half of it drawn from the examples, half of it written by the dense model."""
+        given, half = self.given, self.given.steps * self.given.batch // 2
+        folder = self.folder("own_text", windows=half, start=given.start)
+        if not (folder / "seconds.json").exists():
+            start, model = time.perf_counter(), load(given.model)
+            set_seed(0)
+            with torch.autocast(device_type=model.device.type, dtype=torch.bfloat16):
+                blocks = own_text(model, self.texts.tokenizer, half, given.window, start=given.start)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({"blocks": blocks}, folder / "blocks.safetensors")
+            (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
+        else:
+            self.earlier_seconds = json.loads((folder / "seconds.json").read_text())
+        blocks = load_file(folder / "blocks.safetensors")["blocks"]
+        own = [{"input_ids": block, "labels": block} for block in blocks]
+        return random.Random(seed).sample(self.texts.examples, half) + own
 
     def folder(self, kind: str, **settings: Any) -> Path:
         """Where something is kept that these settings, the model and the training text determine."""
@@ -116,7 +138,7 @@ class Benchmark:
             self.train(model, self.given.observed_steps, seed=0, learning_rate=0.0).save_pretrained(str(folder))
             (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
         else:
-            self.observation_seconds = json.loads((folder / "seconds.json").read_text())
+            self.earlier_seconds = json.loads((folder / "seconds.json").read_text())
         return PeftModel.from_pretrained(load(self.given.model), str(folder), is_trainable=True)
 
 
@@ -170,10 +192,12 @@ def pruned(bench: Benchmark, size: float, seed: int) -> Any:
     return lora_prune(load(given.model), bench.texts.examples, arguments, size)
 
 
-def ours(bench: Benchmark, size: float, seed: int, **choices: Any) -> Any:
+def ours(bench: Benchmark, size: float, seed: int, *, with_own_text: bool = False, **choices: Any) -> Any:
     """One run of lora_svd: observe, factorize, recover, absorb."""
     config = LoraSVDConfig(**{**choices, **json.loads(bench.given.config), "param_ratio": size})
-    return bench.train(get_peft_model(load(bench.given.model), config), bench.given.steps, seed).merge_and_unload()
+    examples = bench.with_own_text(seed) if with_own_text else None
+    model = get_peft_model(load(bench.given.model), config)
+    return bench.train(model, bench.given.steps, seed, examples=examples).merge_and_unload()
 
 
 def any_size(bench: Benchmark, size: float, seed: int, **choices: Any) -> Any:
@@ -218,6 +242,7 @@ ROWS = {
     "loraprune": Row(pruned, trains=True),
     "ours + recovery, defaults": Row(ours, trains=True),
     "ours + recovery": Row(partial(ours, **BEST), trains=True),
+    "ours + recovery, own text": Row(partial(ours, with_own_text=True, **BEST), trains=True),
     "ours, lora_diagonal + recovery": Row(partial(ours, importance="lora_diagonal", **BEST), trains=True),
     "ours, kronecker + recovery": Row(partial(ours, importance="kronecker", **BEST), trains=True),
     "ours + recovery, any size from one run": Row(partial(any_size, **BEST), trains=True),
