@@ -46,6 +46,7 @@ from lora_svd import LoraSVDConfig
 from lora_svd.compact import parameter_report
 from lora_svd.importance import IMPORTANCES, Importance, plain
 from lora_svd.own_text import own_text
+from lora_svd.run import find_device
 from lora_svd.statistics import STATISTICS
 
 
@@ -108,7 +109,7 @@ class Benchmark:
         given, half = self.given, self.given.steps * self.given.batch // 2
         folder = self.folder("own_text", windows=half, start=given.start)
         if not (folder / "seconds.json").exists():
-            start, model = time.perf_counter(), load(given.model)
+            start, model = time.perf_counter(), load(given.model).to(find_device("auto"))
             set_seed(0)
             with torch.autocast(device_type=model.device.type, dtype=torch.bfloat16):
                 blocks = own_text(model, self.texts.tokenizer, half, given.window, start=given.start)
