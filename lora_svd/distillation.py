@@ -11,6 +11,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .evaluation import evaluation_mode
 from .layer import LoraSVDLinear
 
 _SLICE = 1 << 20  # logits in float32 at a time: 4 MiB, which caches hold
@@ -67,14 +68,11 @@ def label_positions(logits: Tensor, labels: Tensor | None, ignore_index: int = -
 def as_it_was(model: nn.Module) -> Iterator[None]:
     """The base model with its own head and without dropout; which parameters are trained is not touched."""
     adapted = [module for module in model.modules() if isinstance(module, LoraSVDLinear | ModulesToSaveWrapper)]
-    training = [module for module in model.modules() if module.training]
     try:
         for module in adapted:
             module._disable_adapters = True
-        model.eval()
-        yield
+        with evaluation_mode(model):
+            yield
     finally:
-        for module in training:
-            module.training = True
         for module in adapted:
             module._disable_adapters = False

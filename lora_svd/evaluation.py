@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,26 +74,32 @@ def perplexity(
         blocks = blocks[: max(1, max_tokens // window)]
     batches = blocks.split(batch_size)
     device = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     total, tokens = 0.0, 0
-    try:
-        with torch.inference_mode():
-            for index, batch in enumerate(tqdm(batches, desc="perplexity", unit="batch", disable=not progress)):
-                loss = _sum_of_losses(model, batch.to(device))
-                if not math.isfinite(loss):
-                    raise NumericalError(
-                        f"evaluation batch {index} of {len(batches)} has loss {loss}: the weights hold NaN, or "
-                        f"activations overflow in {next(model.parameters()).dtype}"
-                    )
-                total += loss
-                tokens += batch.shape[0] * (window - 1)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluation_mode(model), torch.inference_mode():
+        for index, batch in enumerate(tqdm(batches, desc="perplexity", unit="batch", disable=not progress)):
+            loss = _sum_of_losses(model, batch.to(device))
+            if not math.isfinite(loss):
+                raise NumericalError(
+                    f"evaluation batch {index} of {len(batches)} has loss {loss}: the weights hold NaN, or "
+                    f"activations overflow in {next(model.parameters()).dtype}"
+                )
+            total += loss
+            tokens += batch.shape[0] * (window - 1)
     # Through a tensor, because math.exp raises OverflowError where infinity is the answer.
     value = torch.tensor(total / tokens, dtype=torch.float64).exp().item()
     return Perplexity(value=value, tokens=tokens, window=window)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def token_blocks(tokenizer: Any, text: str, length: int, *, field: str = "length") -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from .errors import LoraSVDError
+from .evaluation import evaluation_mode
 
 
 def own_text(
@@ -58,9 +59,10 @@ def own_text(
             raise LoraSVDError(f"own_text: {name} is {value}, expected an integer >= {least}")
     first, document = _start_token(tokenizer, start), min(document, length)
     documents, written = math.ceil(blocks * length / document), []
-    for index in trange(math.ceil(documents / batch_size), desc="own text", unit="batch", disable=not progress):
-        count = min(batch_size, documents - index * batch_size)
-        written.append(_write(model, first, count, document))
+    with evaluation_mode(model):
+        for index in trange(math.ceil(documents / batch_size), desc="own text", unit="batch", disable=not progress):
+            count = min(batch_size, documents - index * batch_size)
+            written.append(_write(model, first, count, document))
     return torch.cat(written).flatten()[: blocks * length].view(blocks, length)
 
 
@@ -78,22 +80,16 @@ def _start_token(tokenizer: Any, start: str | None) -> int:
 def _write(model: Any, first: int, count: int, document: int) -> Tensor:
     """(count, document) tokens; the model's own settings for generation, which make it likelier text, are overruled."""
     ids = torch.full((count, 1), first, device=model.device)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        drawn = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=document - 1,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            repetition_penalty=1.0,
-            eos_token_id=None,
-            pad_token_id=first,
-        )
-    finally:
-        for module, training in modes:
-            module.training = training
+    drawn = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=document - 1,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        eos_token_id=None,
+        pad_token_id=first,
+    )
     return drawn.cpu()

@@ -22,6 +22,7 @@ from lm_eval.tasks.manager import TaskDict
 from torch import nn
 
 from lora_svd.errors import NumericalError
+from lora_svd.evaluation import evaluation_mode
 
 TASKS = Path(__file__).parent / "tasks"
 
@@ -57,8 +58,7 @@ def task_accuracies(
     if batch_size < 1:  # lm-eval takes 0 for one batch of everything
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     tasks = load_tasks(data)
-    modes = [(module, module.training) for module in model.modules()]
-    try:
+    with evaluation_mode(model):
         # simple_evaluate would also seed all generators, and run git and pip to describe the environment
         results: Any = evaluate(
             lm=_language_model(model, tokenizer, batch_size),
@@ -66,9 +66,6 @@ def task_accuracies(
             limit=limit,
             bootstrap_iters=0,
         )
-    finally:
-        for module, training in modes:
-            module.training = training
     return {name: _accuracy(results, name, task) for name, task in tasks["tasks"].items()}
 
 

@@ -107,20 +107,30 @@ class Benchmark:
     def with_own_text(self, seed: int) -> list[Any]:
         """What one run reads, half of it drawn from the examples, half of it written by the dense model."""
         given, half = self.given, self.given.steps * self.given.batch // 2
-        folder = self.folder("own_text", windows=half, start=given.start)
-        if not (folder / "seconds.json").exists():
-            start, model = time.perf_counter(), load(given.model).to(find_device("auto"))
+
+        def write(folder: Path) -> None:
+            model = load(given.model).to(find_device("auto"))
             set_seed(0)
             with torch.autocast(device_type=model.device.type, dtype=torch.bfloat16):
                 blocks = own_text(model, self.texts.tokenizer, half, given.window, start=given.start)
             folder.mkdir(parents=True, exist_ok=True)
             save_file({"blocks": blocks}, folder / "blocks.safetensors")
-            (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
-        else:
-            self.earlier_seconds = json.loads((folder / "seconds.json").read_text())
+
+        folder = self.once(self.folder("own_text", windows=half, start=given.start), write)
         blocks = load_file(folder / "blocks.safetensors")["blocks"]
         own = [{"input_ids": block, "labels": block} for block in blocks]
         return random.Random(seed).sample(self.texts.examples, half) + own
+
+    def once(self, folder: Path, make: Callable[[Path], None]) -> Path:
+        """The folder that ``make`` fills, the first time; later its seconds count as the row's."""
+        seconds = folder / "seconds.json"
+        if seconds.exists():
+            self.earlier_seconds = json.loads(seconds.read_text())
+        else:
+            start = time.perf_counter()
+            make(folder)
+            seconds.write_text(json.dumps(time.perf_counter() - start))
+        return folder
 
     def folder(self, kind: str, **settings: Any) -> Path:
         """Where something is kept that these settings, the model and the training text determine."""
@@ -129,17 +139,15 @@ class Benchmark:
 
     def observed(self) -> Any:
         """The dense model with an adapter that has seen ``observed_steps`` steps and is still zero."""
-        folder = self.folder("observation", observed_steps=self.given.observed_steps)
-        if not (folder / "seconds.json").exists():
-            start = time.perf_counter()
+
+        def observe(folder: Path) -> None:
             config = LoraSVDConfig(
                 param_ratio=0.99, importance=EVERYTHING, warmup=self.given.observed_steps, observed_tokens=1.0
             )
             model = get_peft_model(load(self.given.model), config)
             self.train(model, self.given.observed_steps, seed=0, learning_rate=0.0).save_pretrained(str(folder))
-            (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
-        else:
-            self.earlier_seconds = json.loads((folder / "seconds.json").read_text())
+
+        folder = self.once(self.folder("observation", observed_steps=self.given.observed_steps), observe)
         return PeftModel.from_pretrained(load(self.given.model), str(folder), is_trainable=True)
 
 
