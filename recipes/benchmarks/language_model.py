@@ -81,6 +81,7 @@ class Benchmark:
                 if self.results.has(**key):
                     continue
                 self.earlier_seconds, memory, start = 0.0, PeakMemory(), time.perf_counter()
+                set_seed(seed)  # also of the adapter's first values, which are drawn before any training
                 with memory.watch():
                     model = row.make(self, size, seed)
                 seconds = time.perf_counter() - start + self.earlier_seconds
@@ -128,7 +129,8 @@ class Benchmark:
             self.earlier_seconds = json.loads(seconds.read_text())
         else:
             start = time.perf_counter()
-            make(folder)
+            with torch.random.fork_rng():  # a row draws the same whether this is there or not
+                make(folder)
             seconds.write_text(json.dumps(time.perf_counter() - start))
         return folder
 
