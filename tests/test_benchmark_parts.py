@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from ablation import by_depth, clipped, refit, without_rows
 from accuracy import load_tasks, task_accuracies
 from common import CostArguments
 from cost_growth import costs, exponent, extrapolated, growth, tables
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from lora_svd import LoraSVDConfig
 from lora_svd.compact import LowRankLinear
 from lora_svd.errors import NumericalError
+from lora_svd.statistics import LayerStatistics
 
 
 class CountingLM(LlamaForCausalLM):
@@ -318,3 +320,31 @@ def cells(markdown: str) -> dict[str, list[str]]:
     """Of a table, by first column."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines()]
     return {name: entries for name, *entries in lines if not name.startswith("---")}
+
+
+def test_ablations_change_what_they_say() -> None:
+    rows, tokens = torch.tensor([[4.0, 1.0], [1.0, 2.0]], dtype=torch.float64), 10
+    seen = LayerStatistics({"lora_gradient_gram": tokens * rows}, {"token": tokens, "sample": 1, "step": 1})
+
+    def changed(statistics: LayerStatistics) -> torch.Tensor:
+        return statistics.mean("lora_gradient_gram")
+
+    depths = [by_depth(f"model.layers.{block}.mlp.up_proj", seen, factor=4.0, blocks=3) for block in range(3)]
+    for statistics, scale in zip(depths, (0.5, 1.0, 2.0), strict=True):
+        torch.testing.assert_close(changed(statistics), scale * rows)
+    alike = without_rows("layers.0.q_proj", seen, modules=("q_proj",))
+    torch.testing.assert_close(changed(alike), 3 * torch.eye(2, dtype=torch.float64))
+    assert without_rows("layers.0.v_proj", seen, modules=("q_proj",)) is seen
+    limit = 1.2 * 3  # of eigenvalues 3 +- sqrt(2)
+    values = torch.linalg.eigvalsh(changed(clipped("", seen, statistic="lora_gradient_gram", limit=1.2)))
+    torch.testing.assert_close(values, torch.tensor([3 - 2**0.5, limit], dtype=torch.float64))
+
+
+def test_weights_are_refitted_to_the_inputs_they_get() -> None:
+    torch.manual_seed(0)
+    dense, weight = torch.randn(50, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    compact = dense @ torch.randn(4, 4, dtype=torch.float64)
+    mended = refit(weight, compact.T @ compact / 50, dense.T @ compact / 50, shrinkage=0.0)
+    torch.testing.assert_close(compact @ mended.T, dense @ weight.T)
+    gram = dense.T @ dense / 50
+    torch.testing.assert_close(refit(weight, gram, gram), weight)

@@ -34,6 +34,7 @@ def test_every_benchmark_is_run_here() -> None:
         "tensorgpt.py",
     }
     assert {path.name for path in (ROOT / "recipes/benchmarks").glob("*.py")} - parts == {
+        "ablation.py",
         "cost.py",
         "four_bit.py",
         "kill_and_resume.py",  # in test_torn_checkpoints.py
@@ -61,6 +62,25 @@ def test_language_model_benchmark_fills_its_table_and_resumes(tmp_path: Path) ->
     table = run(tmp_path, "figure.py", results, "--texts", "words")
     assert table.count("\n| ") == 22, table  # below the heading
     assert (tmp_path / "results-words.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.timeout(600)
+def test_ablation_benchmark_runs_a_row_of_every_kind(tmp_path: Path) -> None:
+    save_tiny_lm(tmp_path / "model")
+    (tmp_path / "train.txt").write_text(make_text(1000))
+    (tmp_path / "test.txt").write_text(make_text(300, seed=1))
+    words = ["--model", "model", "--train", "train.txt", "--test", "words=test.txt", "--results", "results.jsonl"]
+    words += ["--sizes", "0.6", "--steps", "6", "--observed_steps", "2", "--window", "32", "--eval_tokens", "128"]
+    names = ["one-shot", "one-shot, column_shrinkage=0.1", "one-shot, rows of queries and keys count alike"]
+    names += ["one-shot, mean output mended", "one-shot, mean output mended, inputs centred"]
+    names += [f"one-shot, inputs of the compact model{also}" for also in ("", ", weights refitted")]
+    names += ["recovery", "recovery, r=4, lora_alpha=4"]
+    printed = run(tmp_path, "ablation.py", *words, "--rows", *names)
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in rows] == ["dense", *names]
+    assert all(f"\n| {name} | " in printed for name in names)
+    assert len({row["words"] for row in rows}) == len(rows), "a change changes something"
+    assert all(1 < row["words"] < 1000 for row in rows)
 
 
 @pytest.mark.timeout(600)

@@ -72,9 +72,9 @@ class Benchmark:
         self.given, self.results, self.texts = given, Results(Path(given.results)), Texts(given)
         self.earlier_seconds = 0.0  # of what a row uses and was made before
 
-    def run(self, name: str) -> None:
+    def run(self, name: str, row: Row) -> None:
         """All sizes and seeds of a row that have no result yet."""
-        row, label = ROWS[name], name + self.given.label
+        label = name + self.given.label
         for size in [1.0] if row.dense else self.given.sizes:
             for seed in self.given.seeds if row.trains else [0]:
                 key = {"row": label, "param_ratio": size, "seed": seed}
@@ -269,7 +269,7 @@ def main() -> None:
     (given,) = parser.parse_args_into_dataclasses()
     bench = Benchmark(given)
     for name in given.rows or ROWS:
-        bench.run(name)
+        bench.run(name, ROWS[name])
 
 
 if __name__ == "__main__":
