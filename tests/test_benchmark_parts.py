@@ -188,10 +188,13 @@ RESULTS: list[dict[str, Any]] = [
 
 
 def test_figure_shows_each_row_relative_to_dense() -> None:
-    figure = plot(RESULTS, "words")
+    asvd = {"row": "asvd", "seed": 0}
+    more = [asvd | {"param_ratio": 0.8, "words": 40.0}, asvd | {"param_ratio": 0.6, "words": 2001.0}]
+    figure = plot(RESULTS + more, "words")
     (axes,) = figure.axes
     (legend,) = figure.legends
-    labels = ["dense, perplexity 20", "svd", "fwsvd", "ours", "more than 100 times dense"]
+    labels = ["dense, perplexity 20", "svd", "ours", "asvd", "more than 100 times dense"]
+    labels += ["more than 100 at every size: fwsvd"]
     assert [text.get_text() for text in legend.get_texts()] == labels
     lines = {str(line.get_label()): line for line in axes.get_lines()}
     assert list(lines["ours"].get_xdata()) == [0.8, 0.6]

@@ -19,6 +19,7 @@ import math
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean, stdev
+from textwrap import fill
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -49,8 +50,8 @@ def plot(results: list[Result], text: str) -> Figure:
     """Perplexity on ``text``, in multiples of the dense model's, against param_ratio; one line per row.
 
     A point is the mean over seeds, its error bar their minimum and maximum. Points above ``LIMIT`` are arrows at the
-    upper edge. A row keeps its color and marker in the figures of all texts of the same results. Rows whose names start
-    with "ours" are thick and solid.
+    upper edge; rows without any below it are only named. A row keeps its color and marker in the figures of all texts
+    of the same results. Rows whose names start with "ours" are thick and solid.
 
     Raises:
         ValueError: the results have no perplexity of the dense model on ``text``.
@@ -65,8 +66,9 @@ def plot(results: list[Result], text: str) -> Figure:
     axes = figure.add_subplot()
     axes.axhline(1, color="0.3", linewidth=1.2, linestyle=(0, (8, 4)), label=f"{DENSE}, perplexity {dense:.4g}")
     above: list[float] = []
+    nowhere = [row for row, points in lines.items() if points and min(map(fmean, points.values())) > LIMIT]
     for row, points in lines.items():
-        if points:
+        if points and row not in nowhere:
             _draw_line(axes, row, points, styles[row])
             above += _draw_arrows(axes, points, styles[row]["color"], above, step=0.014 * span)
     _scale(axes, any_above=bool(above))
@@ -78,6 +80,9 @@ def plot(results: list[Result], text: str) -> Figure:
     if above:
         handles.append(Line2D([], [], color="0.3", **ARROW))
         labels.append(f"more than {LIMIT:g} times dense")
+    if nowhere:
+        handles.append(Line2D([], [], linestyle="none"))
+        labels.append(fill(f"more than {LIMIT:g} at every size: {'; '.join(nowhere)}", 38))
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9.5, handlelength=3.4)
     return figure
 
