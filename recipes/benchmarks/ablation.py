@@ -110,23 +110,27 @@ def mean_corrected(bench: Benchmark, size: float, seed: int, *, centred: bool) -
     """A bias mends what truncation does to the mean output, as in atomic feature mimicking: ``b = (W - W') E[x]``; the
     metric of the inputs is then that of ``x - E[x]``, if ``centred``. The bias is not counted in the size."""
     model = _observed_model(bench)
-    layers = _layers(model)
+    layers, windows = _layers(model), _observed(bench)
     means: dict[str, Any] = dict.fromkeys(layers, 0.0)
+    grams = means.copy()
     with _inputs(model) as seen, model.disable_adapter():
-        for window in (windows := _observed(bench)):
-            model(input_ids=window)
-            means = {name: mean + seen[name].mean(0) / len(windows) for name, mean in means.items()}
+        for window in windows:
+            _forward(model, window)
+            means = {name: mean + seen[name].double().mean(0) / len(windows) for name, mean in means.items()}
+            if centred:
+                tokens = window.numel() * len(windows)
+                grams = {name: total + gram(seen[name]).double() / tokens for name, total in grams.items()}
     with torch.no_grad(), model.disable_adapter():
-        outputs = {name: layer(means[name][None]) for name, layer in layers.items()}
-    if centred:
-        outer = {name: torch.outer(mean, mean) for name, mean in means.items()}
-        _change_statistics(model, lambda name, x: _with_mean(x, "input_gram", x.mean("input_gram") - outer[name]))
+        outputs = {name: layer(means[name][None].float()) for name, layer in layers.items()}
+    if centred:  # the mean of the same tokens, or what is left of the Gram matrix is no Gram matrix
+        left = {name: grams[name] - torch.outer(mean, mean) for name, mean in means.items()}
+        _change_statistics(model, lambda name, x: _with_mean(x, "input_gram", left[name]))
     model.base_model.set_param_ratio(size)
     compact = model.merge_and_unload()
     for name, output in outputs.items():
         module = compact.get_submodule(name.removeprefix("base_model.model."))
         with torch.no_grad():
-            bias = output - module(means[name][None])
+            bias = output - module(means[name][None].float())
         module.register_forward_hook(lambda _module, _given, output, bias=bias: output + bias)
     return compact
 
@@ -142,9 +146,9 @@ def refitted(bench: Benchmark, size: float, seed: int, *, weight: bool) -> Any:
     with _inputs(model) as seen:
         for window in (windows := _observed(bench)):
             with model.disable_adapter():
-                model(input_ids=window)
+                _forward(model, window)
             before = dict(seen)
-            model(input_ids=window)
+            _forward(model, window)
             tokens = window.numel() * len(windows)
             grams = {name: total + gram(seen[name]) / tokens for name, total in grams.items()}
             if weight:
@@ -171,16 +175,21 @@ def refit(weight: Tensor, gram: Tensor, cross: Tensor, shrinkage: float = 1e-2) 
 
 @contextmanager
 def _inputs(model: Any) -> Iterator[dict[str, Tensor]]:
-    """What came into every layer in the last forward pass, (tokens, in), float32; under autocast, without autograd."""
+    """What came into every layer in the last forward pass, (tokens, in), float32; without autograd."""
     seen: dict[str, Tensor] = {}
     hooks = [
         layer.register_forward_pre_hook(lambda _layer, x, name=name: seen.update({name: x[0].flatten(0, -2).float()}))
         for name, layer in _layers(model).items()
     ]
-    with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16):
+    with torch.no_grad():
         yield seen
     for hook in hooks:
         hook.remove()
+
+
+def _forward(model: Any, window: Tensor) -> None:
+    with torch.autocast(model.device.type, dtype=torch.bfloat16):  # sums over what it shows are taken outside
+        model(input_ids=window)
 
 
 def _observed(bench: Benchmark) -> list[Tensor]:
