@@ -65,12 +65,23 @@ class Arguments(TextArguments):
     start: str | None = field(default=None, metadata={"help": "Token the model's own text begins with; none: bos."})
 
 
+EVERYTHING = "every statistic that the rows need"
+
+
+def everything() -> Importance:
+    """A preset that is only observed, never used."""
+    needed = {name for preset in IMPORTANCES.values() if not preset.elementwise for name in preset.statistics}
+    # in the order of the registry, so that a statistic finds the ones it is built on
+    return Importance(tuple(name for name in STATISTICS if name in needed), plain)
+
+
 class Benchmark:
     """Texts, training data and the observation that the one-shot rows share."""
 
     def __init__(self, given: Arguments) -> None:
         self.given, self.results, self.texts = given, Results(Path(given.results)), Texts(given)
         self.earlier_seconds = 0.0  # of what a row uses and was made before
+        IMPORTANCES[EVERYTHING] = everything()
 
     def run(self, name: str, row: Row) -> None:
         """All sizes and seeds of a row that have no result yet."""
@@ -258,10 +269,6 @@ ROWS = {
     "ours, kronecker + recovery": Row(partial(ours, importance="kronecker", **BEST), trains=True),
     "ours + recovery, any size from one run": Row(partial(any_size, **BEST), trains=True),
 }
-EVERYTHING = "every statistic that the rows need"
-_needed = {name for preset in IMPORTANCES.values() if not preset.elementwise for name in preset.statistics}
-# in the order of the registry, so that a statistic finds the ones it is built on
-IMPORTANCES[EVERYTHING] = Importance(tuple(name for name in STATISTICS if name in _needed), plain)
 
 
 def main() -> None:
