@@ -145,9 +145,11 @@ def refitted(bench: Benchmark, size: float, seed: int, *, weight: bool) -> Any:
     crosses = grams.copy()
     with _inputs(model) as seen:
         for window in (windows := _observed(bench)):
-            with model.disable_adapter():
-                _forward(model, window)
-            before = dict(seen)
+            before: dict[str, Tensor] = {}
+            if weight:
+                with model.disable_adapter():
+                    _forward(model, window)
+                before = dict(seen)
             _forward(model, window)
             tokens = window.numel() * len(windows)
             grams = {name: total + gram(seen[name]) / tokens for name, total in grams.items()}
@@ -181,10 +183,12 @@ def _inputs(model: Any) -> Iterator[dict[str, Tensor]]:
         layer.register_forward_pre_hook(lambda _layer, x, name=name: seen.update({name: x[0].flatten(0, -2).float()}))
         for name, layer in _layers(model).items()
     ]
-    with torch.no_grad():
-        yield seen
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.no_grad():
+            yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _forward(model: Any, window: Tensor) -> None:
