@@ -30,7 +30,7 @@ def own_text(
     of everything that it has learned, without any further data (Liu et al., LLM-QAT, arXiv:2305.17888, train on it;
     Williams and Aletras, arXiv:2410.17170, observe it). Mix it with the text that the compact model is for.
     SmolLM2-135M at 0.6 with recovery on WikiText-2, half of the 120 windows replaced: C4 at 1.98 x the dense perplexity
-    for 2.38 x, WikiText-2 at 1.36 x for 1.21 x, mean accuracy of three tasks 0.316 for 0.273.
+    for 2.41 x, WikiText-2 at 1.36 x for 1.20 x, mean accuracy of three tasks 0.316 for 0.273.
 
     Tokens are drawn from the distribution of the model as it is, ``t_i ~ p(t | t_<i)``: temperature 1, all tokens,
     which others cut to the likeliest ones. An end token does not end a document. Draw it before adapters are put into
