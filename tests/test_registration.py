@@ -14,7 +14,8 @@ from models import LLAMA, assert_bit_equal, settings, tensors, wrap
 from peft import PeftConfig, mapping
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from transformers import PreTrainedModel
+from peft.utils import ModulesToSaveWrapper
+from transformers import AutoModelForCausalLM, PreTrainedModel, core_model_loading
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
@@ -115,7 +116,7 @@ def test_copied_model_is_independent() -> None:
 
 
 def test_private_names_of_the_hosts() -> None:
-    """What ``registration.py``, ``layer.py``, ``model.py`` and the loader rely on beyond documented names."""
+    """What the tuner, distillation and ``compact`` rely on beyond documented names."""
     for method in (
         "_pre_injection_hook", "_prepare_model", "_create_and_replace", "_replace_module",
         "_remap_adapter_state_dict_for_load", "_check_merge_allowed", "_unload_and_optionally_merge",
@@ -131,4 +132,10 @@ def test_private_names_of_the_hosts() -> None:
     for method in ("_process_model_before_weight_loading", "_process_model_after_weight_loading"):
         assert callable(getattr(HfQuantizer, method))
     assert "checkpoint_files" in inspect.getsource(PreTrainedModel.from_pretrained)
-    assert isinstance(LLAMA.build().all_tied_weights_keys, dict)
+    model = LLAMA.build()
+    assert isinstance(model.all_tied_weights_keys, dict)
+    assert {"_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_save"} <= set(dir(model))
+    assert type(model.config) in AutoModelForCausalLM._model_mapping
+    assert "_weight_conversions" in inspect.getsource(core_model_loading)
+    switches: list[Any] = [BaseTunerLayer.disable_adapters, ModulesToSaveWrapper.disable_adapters]
+    assert all("self._disable_adapters" in inspect.getsource(switch.fget) for switch in switches)
