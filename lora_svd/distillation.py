@@ -7,10 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.loss.loss_utils import ForCausalLMLoss
 
+from .errors import LoraSVDError
 from .evaluation import evaluation_mode
 from .layer import LoraSVDLinear
 
@@ -57,22 +60,55 @@ class _Divergence(torch.autograd.Function):
         return gradient * grads[0], None, None
 
 
-def label_positions(logits: Tensor, labels: Tensor | None, ignore_index: int = -100) -> Tensor:
-    """Where logits (..., classes) answer a label that counts: everywhere if the labels have another shape."""
+def label_positions(
+    logits: Tensor, labels: Tensor | None, *, shifted: bool = False, ignore_index: int = -100
+) -> Tensor:
+    """Where logits (..., classes) answer a label that counts: everywhere if the labels have another shape.
+
+    shifted: the logits of a position answer the label of the next one, and the last ones none.
+    """
     if labels is None or labels.shape != logits.shape[:-1] or labels.is_floating_point():
         return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
-    return labels.to(logits.device) != ignore_index
+    counts = labels.to(logits.device) != ignore_index
+    return F.pad(counts[..., 1:], (0, 1)) if shifted and counts.dim() > 1 else counts
+
+
+def mixed_loss(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any, share: float) -> Tensor:
+    """``(1 - share) loss + share KL(teacher || student)`` of a forward pass; the teacher is :func:`as_it_was`.
+
+    A causal language model's loss compares the logits of a position with the label of the next one, and so does this.
+    An encoder-decoder makes the inputs of its decoder of the labels, which the teacher is given as well.
+    """
+    encodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    shifted = getattr(model, "loss_function", None) is ForCausalLMLoss and not encodes
+    given = {name: value for name, value in kwargs.items() if encodes or name != "labels"}
+    with torch.no_grad(), as_it_was(model):
+        teacher = model.forward(*args, **given).logits
+    mask = label_positions(outputs.logits, kwargs.get("labels"), shifted=shifted)
+    distance = distillation_loss(outputs.logits, teacher, mask, kwargs.get("num_items_in_batch"))
+    return (1 - share) * outputs.loss + share * distance
+
+
+def check_output(outputs: Any) -> None:
+    """Raise if a model's output has no loss that could be mixed, or no logits to compare."""
+    missing = [name for name in ("loss", "logits") if getattr(outputs, name, None) is None]
+    if missing:
+        raise LoraSVDError(
+            f"distillation: got an output without {' and '.join(missing)}, expected both. Give the model its labels "
+            "(Trainer does not with label_smoothing_factor or compute_loss_func), or set distillation=0"
+        )
 
 
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
     """The base model with its own head and without dropout; which parameters are trained is not touched."""
     adapted = [module for module in model.modules() if isinstance(module, LoraSVDLinear | ModulesToSaveWrapper)]
+    before = [module._disable_adapters for module in adapted]
     try:
         for module in adapted:
             module._disable_adapters = True
         with evaluation_mode(model):
             yield
     finally:
-        for module in adapted:
-            module._disable_adapters = False
+        for module, disabled in zip(adapted, before, strict=True):
+            module._disable_adapters = disabled

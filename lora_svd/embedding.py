@@ -91,7 +91,9 @@ class LoraSVDEmbedding(LoraSVDLinear):
         """
         size = torch.linalg.vector_norm(g, dim=-1, keepdim=True, dtype=torch.float32) / distributed.world_size()
         rows = (h.float() * size).reshape(1, -1, h.shape[-1])
-        seen = TokenObservation(rows, rows, rows.sum(-1).isfinite(), self._shared)
+        finite = rows.sum(-1).isfinite()
+        rows = rows.masked_fill(~finite[..., None], 0)
+        seen = TokenObservation(rows, rows, finite, self._shared)
         for adapter_name, names in self._observed.items():
             if adapter_name in self.active_adapters:
                 for name in _OF_OUTPUTS & set(names):

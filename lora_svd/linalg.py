@@ -114,7 +114,7 @@ def shrink(metric: Tensor | None, amount: float, correlation: float = 0.0) -> Te
     diagonal = metric if metric.dim() == 1 else metric.diagonal()
     mean = float(diagonal.mean())
     if mean <= 0:
-        return torch.ones_like(metric) if metric.dim() == 1 else torch.eye(len(metric), dtype=torch.float64)
+        return torch.ones_like(metric) if metric.dim() == 1 else torch.eye(len(metric)).to(metric)
     if metric.dim() == 1:
         return (1 - amount) * metric + amount * mean
     shrunk = (1 - amount) * (1 - correlation) * metric

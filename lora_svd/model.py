@@ -21,6 +21,7 @@ from .compact import (
     quantize_modules,
     untie,
 )
+from .compact.quantized import BLOCK
 from .compression import (
     CompressionSettings,
     LayerInput,
@@ -73,7 +74,10 @@ class LoraSVDModel(PhasedModel):
             self._check_quantization(quantization_config, names, smaller)
         if not compact:
             for name in names:
-                for _, layer in self._tuner_layers(name):
+                layers = dict(self._tuner_layers(name))
+                if self._config(name).compressed:
+                    _check_unmerged(layers)
+                for layer in layers.values():
                     layer.set_factors(name, None)
         if not smaller:
             layers = {key: layer for name in names for key, layer in self._tuner_layers(name)}
@@ -118,15 +122,20 @@ class LoraSVDModel(PhasedModel):
                 "adapter's config and call set_param_ratio"
             )
         check_quantization(config)
+        for name in names:
+            if (multiple := self._config(name).rank_multiple) % BLOCK:
+                warnings.warn(
+                    f"rank_multiple: got {multiple} with a quantization_config, expected {BLOCK}: 4-bit factors are "
+                    f"filled up to ranks that are multiples of {BLOCK}, beyond param_ratio. Train with it; after "
+                    "training, set it in the adapter's config and call set_param_ratio",
+                    stacklevel=3,
+                )
 
     def _compact(self, adapter_name: str) -> LoraSVDCompactConfig:
         """Replace every layer of the adapter by a plain compact module, once all of them could be computed."""
         config = self._config(adapter_name)
         layers, inputs, settings = self._pipeline(adapter_name)
-        if any(layer.merged for layer in layers.values()):
-            raise LoraSVDError(
-                "merge_and_unload: the adapter is merged into the dense weights; call unmerge_adapter() first"
-            )
+        _check_unmerged(layers)
         for name, layer in layers.items():
             if not torch.isfinite(layer.bypass_factors(adapter_name).product()).all():
                 raise NumericalError(f"{name}: the LoRA bypass has non-finite values; go back to an earlier checkpoint")
@@ -189,6 +198,13 @@ def compact_layer(
     else:
         result = absorb(name, given, factors, bypass, settings)
     return compact_module(result, layer.get_base_layer(), layer.dense_weight(), settings.factor_format)
+
+
+def _check_unmerged(layers: Mapping[str, LoraSVDLinear]) -> None:
+    if any(layer.merged for layer in layers.values()):
+        raise LoraSVDError(
+            "merge_and_unload: the adapter is merged into the dense weights; call unmerge_adapter() first"
+        )
 
 
 def _metrics(inputs: Mapping[str, LayerInput], settings: CompressionSettings, name: str) -> Metrics:

@@ -166,6 +166,8 @@ class ObservedLayer(nn.Module, BaseTunerLayer):
         return y
 
     def _observe_tokens(self, mark: object, x: Tensor, g: Tensor) -> None:
+        if not g.numel():  # an expert that is called without tokens
+            return
         if distributed.world_size() > 1:  # the loss is the mean over processes
             g = g.float() / distributed.world_size()
         of_samples = any(STATISTICS[name].per == "sample" for names in self._observed.values() for name in names)

@@ -19,7 +19,7 @@ from .compression import (
     factorize,
 )
 from .config import LoraSVDConfig, check_param_ratio
-from .distillation import as_it_was, distillation_loss, label_positions
+from .distillation import check_output, mixed_loss
 from .errors import LoraSVDError, NumericalError, in_module
 from .importance import IMPORTANCES
 from .injection import InjectedModel
@@ -51,16 +51,15 @@ class PhasedModel(InjectedModel):
 
     def _distill(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
         """Once it is compressed, ``distillation`` of the model's loss comes from the model that it was."""
-        configs = [self._config(name) for name in self.active_adapters]
-        share = max((config.distillation for config in configs if config.compressed), default=0.0)
-        if not share or not torch.is_grad_enabled() or getattr(outputs, "loss", None) is None:
+        configs = [config for name in self.active_adapters if (config := self._config(name)).distillation]
+        layers = (layer for name in self.active_adapters for _, layer in self._tuner_layers(name))
+        if not configs or not torch.is_grad_enabled() or any(layer.disable_adapters for layer in layers):
             return
-        given = {name: value for name, value in kwargs.items() if name != "labels"}
-        with torch.no_grad(), as_it_was(model):
-            teacher = model.forward(*args, **given).logits
-        mask = label_positions(outputs.logits, kwargs.get("labels"))
-        distance = distillation_loss(outputs.logits, teacher, mask, kwargs.get("num_items_in_batch"))
-        outputs.loss = (1 - share) * outputs.loss + share * distance
+        if model.training:  # what would fail after the warm-up fails in the first step
+            check_output(outputs)
+        share = max((config.distillation for config in configs if config.compressed), default=0.0)
+        if share and getattr(outputs, "loss", None) is not None:
+            outputs.loss = mixed_loss(model, args, kwargs, outputs, share)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         if hasattr(self, "_distillation_hook"):
@@ -109,9 +108,10 @@ class PhasedModel(InjectedModel):
             budget = schedule.budget(global_step)
             if budget is not None:
                 self.join_statistics(adapter_name)
+                replaced = self._trainable_factors()
                 self._compress(adapter_name, budget, together=True)
                 if config.trains_factors:
-                    self._train_factors(optimizer)
+                    self._train_factors(optimizer, replaced)
         self._shared_gram.clear()
 
     def _observe_step(self, layers: Mapping[str, LoraSVDLinear], adapter_name: str) -> None:
@@ -152,18 +152,23 @@ class PhasedModel(InjectedModel):
         keep = self._config(adapter_name).compensation == "keep"
         return {name: layer.layer_shape(adapter_name, keep=keep) for name, layer in self._tuner_layers(adapter_name)}
 
-    def _train_factors(self, optimizer: torch.optim.Optimizer | None) -> None:
+    def _trainable_factors(self) -> set[nn.Parameter]:
+        return {p for m in self.model.modules() if isinstance(m, LoraSVDLinear) for p in m.trainable_factors()}
+
+    def _train_factors(self, optimizer: torch.optim.Optimizer | None, replaced: set[nn.Parameter]) -> None:
         """Hand the factors that now exist to the optimizer, in the order a new one would have them, so that its saved
-        state fits when a run is resumed."""
+        state fits when a run is resumed. replaced: the factors before, which a cubic schedule leaves behind."""
         if optimizer is None:
             raise LoraSVDError("train_factors: got no optimizer; call update_and_allocate(step, optimizer=optimizer)")
-        group = optimizer.param_groups[0]
-        before = {id(parameter) for parameter in group["params"]}
-        factors = {id(p) for m in self.model.modules() if isinstance(m, LoraSVDLinear) for p in m.trainable_factors()}
-        present = [parameter for parameter in self.parameters() if id(parameter) in before | factors]
-        for replaced in set(group["params"]) - set(present):  # by an earlier factorization of a cubic schedule
-            optimizer.state.pop(replaced, None)
-        group["params"] = present
+        group, factors = optimizer.param_groups[0], self._trainable_factors()
+        for parameter in replaced - factors:
+            optimizer.state.pop(parameter, None)
+        before = set(group["params"])
+        ours = [parameter for parameter in self.parameters() if parameter in before | factors]
+        others = before - set(ours) - replaced  # of modules around this one
+        first = next((i for i, parameter in enumerate(group["params"]) if parameter not in others), len(before))
+        behind = [parameter for parameter in group["params"][first:] if parameter in others]
+        group["params"] = [*group["params"][:first], *ours, *behind]
 
     def current_param_ratio(self, adapter_name: str | None = None) -> float:
         """Parameters kept / original parameters of the targeted weights as they stand: 1 until they are factorized."""

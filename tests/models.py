@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers as tf
 from peft import PeftModel, get_peft_model
@@ -187,6 +188,12 @@ ARCHITECTURES = {
 }
 LLAMA = ARCHITECTURES["llama"]
 KINDS = ("llama", "gpt2", "opt", "t5", "bert", "vit")  # one of each kind, where every architecture would take long
+
+
+# For tests that target an embedding to which the head is tied: what PEFT says of that.
+TIED = pytest.mark.filterwarnings(
+    "ignore:Model (has|with) `tie_word_embeddings=True`", "ignore:Setting `save_embedding_layers` to `True`"
+)
 
 
 def settings(**changes: Any) -> LoraSVDConfig:

@@ -82,8 +82,9 @@ def test_merging_the_merged_is_refused_and_can_be_undone() -> None:
     model = run()
     expected = logits(model)
     model.merge_adapter()
-    with pytest.raises(LoraSVDError, match="unmerge_adapter"):
-        model.merge_and_unload()
+    for compact in (True, False):
+        with pytest.raises(LoraSVDError, match="unmerge_adapter"):
+            model.merge_and_unload(compact=compact)
     model.unmerge_adapter()
     assert torch.equal(logits(model), expected)
     assert parameter_report(model.merge_and_unload()).param_ratio <= 0.6

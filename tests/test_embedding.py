@@ -14,6 +14,7 @@ import torch
 from models import (
     ARCHITECTURES,
     LLAMA,
+    TIED,
     VOCABULARY,
     Architecture,
     assert_bit_equal,
@@ -342,7 +343,7 @@ def test_a_lora_trains_on_it(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:merge_and_unload. the compact layers take:UserWarning")
 def test_four_bits_leave_it_in_full_precision(tmp_path: Path) -> None:
     wide = untied("llama", hidden_size=192, intermediate_size=384)
-    model = trained(tmp_path, wide, **targets("llama", factor_format="factors", param_ratio=0.9))
+    model = trained(tmp_path, wide, **targets("llama", factor_format="factors", param_ratio=0.9, rank_multiple=64))
     compact = model.merge_and_unload(quantization_config=BitsAndBytesConfig(load_in_4bit=True))
     embedding = compact.get_input_embeddings()
     assert isinstance(embedding, LowRankEmbedding)
@@ -360,11 +361,6 @@ def test_the_statistics_limit_counts_a_diagonal() -> None:
     assert not layer.is_sketched("default")
     with pytest.raises(LoraSVDError, match="statistics_limit: got 279, expected at least 280 bytes"):
         wrap(BERT, **{**limits, "statistics_limit": 279})
-
-
-TIED = pytest.mark.filterwarnings(
-    "ignore:Model (has|with) `tie_word_embeddings=True`", "ignore:Setting `save_embedding_layers` to `True`"
-)
 
 
 @TIED

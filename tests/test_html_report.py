@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import ARCHITECTURES, LLAMA, assert_bit_equal, logits, make_trainer, tensors, wrap
+from models import ARCHITECTURES, LLAMA, TIED, assert_bit_equal, logits, make_trainer, tensors, wrap
 from PIL import Image
 from torch import nn
 
@@ -222,10 +222,12 @@ class TestTrainedRun:
             {"factor_format": "factors"},
             {"factor_format": "factors", "decomposition": "kronecker"},
             {"importance": "fisher_elementwise"},
+            {"target_modules": ["embed_tokens", "up_proj"]},
         ],
         ids=str,
     )
     @pytest.mark.filterwarnings("ignore:alternating least squares")
+    @TIED
     def test_another_size_is_that_of_set_param_ratio(self, changes: dict[str, Any], tmp_path: Path):
         model, trained = train(tmp_path, **changes)
         others = {ratio: copy.deepcopy(model) for ratio in (0.8, 0.9, 0.5)}

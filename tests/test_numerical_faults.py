@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import LLAMA, assert_bit_equal, logits, make_trainer, settings, tensors, wrap
+from models import LLAMA, TIED, assert_bit_equal, logits, make_trainer, settings, tensors, wrap
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer
@@ -88,6 +88,15 @@ def test_overflow_that_the_scaler_skips(importance: str, train_factors: bool, tm
     assert parameter_report(model.merge_and_unload()).param_ratio <= 0.6
 
 
+@TIED
+def test_overflow_in_a_tied_head(tmp_path: Path) -> None:
+    model = wrap(warmup=4, target_modules=["embed_tokens"])
+    with pytest.warns(UserWarning, match="not finite at step 0, which the gradient scaler skips"):
+        scaled_trainer(model, tmp_path, {0}).train()
+    assert all(tensor.isfinite().all() for tensor in tensors(model).values())
+    assert parameter_report(model.merge_and_unload()).param_ratio <= 0.6
+
+
 def test_overflow_in_every_observed_step_is_an_error(tmp_path: Path) -> None:
     trainer = scaled_trainer(wrap(warmup=2), tmp_path, {0, 1})
     with (
@@ -160,6 +169,37 @@ def test_layer_without_a_gradient_is_named(importance: str) -> None:
     model(torch.randn(4, 8)).square().sum().backward()
     model.base_model.update_and_allocate(0)
     assert isinstance(finish(model).unused, nn.Linear)
+
+
+class Experts(nn.Module):
+    """Two layers, of which the second is called with those rows of the input that are positive, if there are any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all, self.some = nn.Linear(8, 6), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = x[:, 0] > 0
+        return self.all(x).index_add(0, chosen.nonzero()[:, 0], self.some(x[chosen]))
+
+
+@pytest.mark.parametrize("importance", [name for name in ALL if name not in {"lora", "lora_minnorm"}])
+def test_expert_without_tokens_in_a_batch(importance: str) -> None:
+    """What the batch shows of it is nothing, and no error."""
+    torch.manual_seed(0)
+    model = get_peft_model(Experts(), settings(importance=importance, target_modules=["all", "some"], total_steps=9))
+    for step, sign in enumerate((1, -1)):
+        x = torch.randn(4, 8)
+        x[:, 0] = sign
+        model.zero_grad()
+        model(x).square().sum().backward()
+        model.base_model.update_and_allocate(step)
+    counts = {
+        name: layer.lora_svd_counts["default"].tolist() for name, layer in model.base_model.model.named_children()
+    }
+    assert counts == {"all": [8, 8, 2], "some": [4, 4, 2]}
+    assert all(tensor.isfinite().all() for tensor in statistics(model).values())
+    assert isinstance(finish(model).all, nn.Module)
 
 
 class Net(nn.Module):

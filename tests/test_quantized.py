@@ -84,6 +84,7 @@ def test_round_trip(base: str, exported: bool, dense: Path, tmp_path: Path) -> N
     assert getattr(reloaded, "is_loaded_in_4bit", False) == (exported or "4" in base)
 
 
+@pytest.mark.filterwarnings("ignore:rank_multiple. got 1 with a quantization_config")
 @pytest.mark.parametrize("rank_multiple", [1, 64])  # ranks that are filled up, and such that need not be
 def test_rounded_factors_train_further(rank_multiple: int, dense: Path, tmp_path: Path) -> None:
     """QLoRA on the 4-bit compact model, after it was evaluated."""
@@ -210,6 +211,13 @@ def test_ranks_are_filled_up_where_that_is_smaller(dense: Path, tmp_path: Path) 
     expected = logits(compact)
     compact.save_pretrained(tmp_path / "compact")
     assert torch.equal(logits(load(tmp_path / "compact")), expected)
+
+
+def test_says_that_ranks_will_be_filled_up(dense: Path, tmp_path: Path) -> None:
+    model = tuned(dense, tmp_path / "run", rank_multiple=8)
+    with pytest.warns(UserWarning, match="rank_multiple: got 8 with a quantization_config, expected 64"):
+        compact: Any = model.merge_and_unload(quantization_config=quantization())
+    assert parameter_report(compact).param_ratio > 0.6
 
 
 def test_says_when_the_export_is_larger_than_its_base(dense: Path, tmp_path: Path) -> None:

@@ -45,7 +45,11 @@ def test_gradient_of_the_distillation_loss(classes: int) -> None:
 def test_positions_are_those_with_a_label() -> None:
     values = torch.zeros(1, 3, 5)
     assert label_positions(values, torch.tensor([[-100, 2, -100]])).tolist() == [[False, True, False]]
-    assert label_positions(values, torch.tensor([1])).all()  # one label a sequence
+    assert label_positions(values, torch.tensor([[1, -100, 2]]), shifted=True).tolist() == [[False, True, False]]
+    for shifted in (False, True):
+        assert label_positions(values, torch.tensor([1]), shifted=shifted).all()  # one label a sequence
+    classes = label_positions(torch.zeros(2, 5), torch.tensor([1, -100]), shifted=True)
+    assert classes.tolist() == [True, False]
 
 
 def compressed(tmp_path: Path, **changes: object):
@@ -62,7 +66,7 @@ def test_teacher_is_the_model_without_its_adapter(tmp_path: Path) -> None:
         plain = model(**inputs)  # no distillation where nothing is trained
         with model.disable_adapter():
             teacher = model(**inputs).logits
-    distance = distillation_loss(plain.logits, teacher, torch.ones(teacher.shape[:-1], dtype=torch.bool))
+    distance = distillation_loss(plain.logits, teacher, label_positions(teacher, inputs["labels"], shifted=True))
     assert distance > 0
     assert float(mixed) == pytest.approx(float(0.7 * plain.loss + 0.3 * distance), rel=1e-4)
     assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -82,6 +86,47 @@ def test_teacher_has_its_own_head_and_no_dropout(tmp_path: Path) -> None:
     assert modes == {name: module.training for name, module in model.named_modules()}
 
 
+def test_answers_are_distilled_and_not_what_follows_them(tmp_path: Path) -> None:
+    model, inputs = compressed(tmp_path, distillation=1.0), LLAMA.inputs()
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    inputs["labels"][:, -1] = 7
+    outputs = model(**inputs)
+    outputs.logits.retain_grad()
+    outputs.loss.backward()
+    assert outputs.logits.grad is not None
+    assert outputs.logits.grad.any(-1).nonzero()[:, 1].unique().tolist() == [inputs["labels"].shape[1] - 2]
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_teacher_of_an_encoder_decoder_is_given_the_same(kind: str, tmp_path: Path) -> None:
+    given = ARCHITECTURES[kind]
+    model = wrap(given, warmup=2, distillation=1.0, **given.settings)
+    make_trainer(model, tmp_path, given, steps=2).train()
+    inputs = given.inputs()
+    inputs["labels"] = inputs["labels"].flip(-1)
+    outputs = model.train()(**inputs)
+    with torch.no_grad():
+        teacher = given.build()(**inputs).logits
+    expected = distillation_loss(outputs.logits, teacher, label_positions(teacher, inputs["labels"]))
+    assert expected > 0
+    torch.testing.assert_close(outputs.loss, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_distillation_without_a_loss_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(wrap(warmup=2, distillation=0.5), tmp_path, steps=3, label_smoothing_factor=0.1)
+    with pytest.raises(LoraSVDError, match=r"distillation: got an output without loss.*label_smoothing_factor"):
+        trainer.train()
+
+
+def test_teacher_leaves_switched_off_adapters_off(tmp_path: Path) -> None:
+    model, inputs = compressed(tmp_path, distillation=0.5), LLAMA.inputs()
+    with model.disable_adapter():
+        first, second = model(**inputs), model(**inputs)
+    dense = LLAMA.build()(**inputs)
+    for outputs in (first, second):
+        torch.testing.assert_close(outputs.loss, dense.loss)
+
+
 def test_factors_are_trained_if_asked(tmp_path: Path) -> None:
     moved = {}
     for train_factors in (False, True):
@@ -97,6 +142,24 @@ def test_factors_are_trained_if_asked(tmp_path: Path) -> None:
         assert torch.isfinite(logits(model.merge_and_unload())).all()
     assert not any(moved[False])
     assert all(moved[True])
+
+
+@pytest.mark.parametrize("head_first", [False, True])
+def test_optimizer_keeps_what_is_not_the_models(head_first: bool) -> None:
+    model = wrap(train_factors=True, warmup=1, compression=2, compression_interval=1, total_steps=4)
+    head = torch.nn.Linear(4, 4)
+    parts = [p for p in model.parameters() if p.requires_grad], [*head.parameters()]
+    optimizer = torch.optim.AdamW([p for part in (reversed(parts) if head_first else parts) for p in part])
+    for step in range(4):
+        (model(**LLAMA.inputs()).loss + head.weight.square().sum()).backward()
+        model.base_model.update_and_allocate(step, optimizer=optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+    factors = [p for p in model.parameters() if p.requires_grad], [*head.parameters()]
+    expected = [p for part in (reversed(factors) if head_first else factors) for p in part]
+    assert len(expected) > sum(map(len, parts))
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in expected]
+    assert set(optimizer.state) <= set(expected)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

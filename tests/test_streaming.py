@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,22 @@ def test_killed_run_goes_on(importance: str, tmp_path: Path, monkeypatch: pytest
         if path.name != "README.md":  # which has the folder's name
             assert (tmp_path / "resumed" / path.name).read_bytes() == path.read_bytes()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_names_in_another_order_go_on(tmp_path: Path) -> None:
+    """The order of a set of strings is another one in every process."""
+
+    class Backwards(set[str]):
+        def __iter__(self) -> Iterator[str]:
+            return iter(sorted(super().__iter__(), reverse=True))
+
+        def __repr__(self) -> str:
+            return repr([*self])
+
+    config = settings(importance="none", target_modules=["up_proj", "q_proj"])
+    compress._begin(tmp_path / "work", tmp_path, IDS, config)
+    config.target_modules = Backwards(config.target_modules)
+    compress._begin(tmp_path / "work", tmp_path, IDS, config)
 
 
 def test_other_arguments_do_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,15 @@ def test_folder_with_code_where_the_package_is_installed(tmp_path: Path, monkeyp
         assert_bit_equal(tensors(model), tensors(compact))
         assert torch.equal(logits(model), logits(compact))
         assert parameter_report(model) == parameter_report(compact)
+        dense = densify(model)
+        dense.save_pretrained(tmp_path / "dense")
+        assert sorted(path.name for path in (tmp_path / "dense").glob("*.py")) == []
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+        assert type(again) is type(dense) is type(compact)
+        torch.testing.assert_close(logits(again), logits(compact), rtol=1e-4, atol=1e-5)
+    card = (tmp_path / "compact" / "README.md").read_text()
+    assert "trust_remote_code=True" in card
+    assert "This needs the package" not in card
 
 
 def test_what_cannot_be_self_contained(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from string import Template
 from transformers import PreTrainedModel
 
 from .report import ParameterReport, parameter_report
-from .self_contained import auto_classes
+from .self_contained import MODULE, auto_classes
 
 _TEMPLATE = Template("""\
 ---
@@ -34,12 +34,17 @@ from transformers import $auto_classes
 $loads
 ```
 
-> **Warning.** This needs the package `lora-svd`, and `import lora_svd` before loading. Without the import transformers
-> does not know the low-rank layers, reports `MISMATCH` for their weights and refuses to load. Do not talk it into it
-> with `ignore_mismatched_sizes=True`: these layers would have *random* weights.
+$needs
 
 $sections
 """)
+_NEEDS_PACKAGE = """\
+> **Warning.** This needs the package `lora-svd`, and `import lora_svd` before loading. Without the import transformers
+> does not know the low-rank layers, reports `MISMATCH` for their weights and refuses to load. Do not talk it into it
+> with `ignore_mismatched_sizes=True`: these layers would have *random* weights."""
+_SELF_CONTAINED = f"""\
+> Where the package `lora-svd` is not installed, leave its import out and load the model with `trust_remote_code=True`,
+> which runs `{MODULE}.py`, saved with it."""
 _SIZE = Template("""\
 ## Size
 
@@ -84,6 +89,7 @@ def compact_card(
         model=model or "a model",
         auto_classes=", ".join(loaded.values()),
         loads="\n".join(f'{name} = {of}.from_pretrained("{folder}")' for name, of in loaded.items()),
+        needs=_SELF_CONTAINED if (saved / f"{MODULE}.py").exists() else _NEEDS_PACKAGE,
         sections=sections or _SIZE.substitute(counts, **ratios),
     )
 

@@ -15,6 +15,7 @@ from ..errors import LoraSVDError
 from .loader import mark
 from .low_rank import dense_module, dense_weight
 from .quantized import keep_unpacked
+from .self_contained import MODULE
 from .standalone import LowRankLinear, TiedHead
 from .stored import full_precision, is_quantized
 
@@ -39,12 +40,14 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
     config: Any = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    if f"{MODULE}." in str(getattr(config, "auto_map", "")):  # the code makes low-rank layers
+        del config.auto_map
     names = {module: name for name, module in model.named_modules()}
     heads = {name: names[module.embedding] for module, name in names.items() if isinstance(module, TiedHead)}
     if heads:
         config.tie_word_embeddings = True
     with torch.device("meta"):
-        plain = type(model)(config)
+        plain = _architecture(model)(config)
     replaced = {
         name: module
         for name, module in model.named_modules()
@@ -59,9 +62,15 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
         head.weight = cast(nn.Embedding, model.get_submodule(embedding)).weight
         model.set_submodule(name, head)
         model.all_tied_weights_keys = plain.all_tied_weights_keys
-    model.config = config
+    model.__class__, model.config = type(plain), config
     mark(model, None)
     return model
+
+
+def _architecture(model: PreTrainedModel) -> Any:
+    """Its class; of a model that was loaded with the code in its folder, the one that this code extends."""
+    given = type(model)
+    return given.__base__ if given.__module__.endswith(f".{MODULE}") else given
 
 
 def _dense(module: nn.Module, like: nn.Module) -> nn.Module:

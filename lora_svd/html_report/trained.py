@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerState
 
 from ..allocation import LayerShape
-from ..compact import parameter_report
+from ..compact import LowRankEmbedding, TiedHead, parameter_report
 from ..compression import choose_ranks, compute_spectra, factorize
 from ..decompositions import DECOMPOSITIONS, Factors
 from ..errors import LoraSVDError
@@ -182,12 +182,33 @@ class TrainedRun:
 
 @contextmanager
 def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """``model`` with other submodules of these names, for the length of a with block."""
-    before = {name: model.get_submodule(name) for name in modules}
+    """``model`` with other submodules of these names, for the length of a with block. An output layer that is tied to
+    one of them follows it."""
+    tied = {id(part.weight): name for name in modules if _is_embedding(part := model.get_submodule(name))}
+    heads = {
+        name: _head(modules[tied[id(weight)]])
+        for name, module in model.named_modules()
+        if id(weight := getattr(module, "weight", None)) in tied and name not in modules
+    }
+    after = {**modules, **heads}
+    before = {name: model.get_submodule(name) for name in after}
     try:
-        for name, module in modules.items():
+        for name, module in after.items():
             model.set_submodule(name, module)
         yield
     finally:
         for name, module in before.items():
             model.set_submodule(name, module)
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, LowRankEmbedding | nn.Embedding)
+
+
+def _head(embedding: Any) -> nn.Module:
+    """The output layer that is tied to an embedding."""
+    if isinstance(embedding, LowRankEmbedding):
+        return TiedHead(embedding)
+    head = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
+    head.weight = embedding.weight
+    return head

@@ -130,7 +130,7 @@ def _begin(work: Path, source: Path, ids: Tensor, config: LoraSVDConfig) -> Path
     """The folder for the compact model, inside of one for the run, which may be taken up again."""
     compact, job = work / "compact", work / "job.json"
     files = {path.name: path.stat().st_size for path in sorted(source.glob("*.safetensors"))}
-    chosen = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    chosen = json.dumps(config.to_dict(), sort_keys=True, default=sorted)
     digest = hashlib.sha256(chosen.encode() + ids.cpu().long().numpy().tobytes()).hexdigest()
     this = {"source": str(source.resolve()), "files": files, "config and ids": digest}
     if job.exists() and json.loads(job.read_text(encoding="utf-8")) != this:
