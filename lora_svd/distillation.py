@@ -89,13 +89,19 @@ def mixed_loss(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     return (1 - share) * outputs.loss + share * distance
 
 
-def check_output(outputs: Any) -> None:
-    """Raise if a model's output has no loss that could be mixed, or no logits to compare."""
+def check_output(model: nn.Module, outputs: Any) -> None:
+    """Raise if a model's output has no loss that could be mixed, or no logits that choose among classes."""
     missing = [name for name in ("loss", "logits") if getattr(outputs, name, None) is None]
     if missing:
         raise LoraSVDError(
             f"distillation: got an output without {' and '.join(missing)}, expected both. Give the model its labels "
             "(Trainer does not with label_smoothing_factor or compute_loss_func), or set distillation=0"
+        )
+    problem, classes = getattr(getattr(model, "config", None), "problem_type", None), outputs.logits.shape[-1]
+    if problem in {"regression", "multi_label_classification"} or classes < 2:
+        raise LoraSVDError(
+            f"distillation: got problem_type={problem!r} and logits of {classes} classes, expected a model that "
+            "chooses one of several, since probabilities of classes are compared. Set distillation=0"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -38,6 +39,9 @@ from .targets import (
 )
 from .tokens import SharedGram
 
+# Names of the heads that PEFT trains whole for a task, after the adapter is injected.
+_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
 
 class InjectedModel(BaseTuner):
     """A model whose targeted linear layers are :class:`LoraSVDLinear`, and embeddings :class:`LoraSVDEmbedding`."""
@@ -51,6 +55,7 @@ class InjectedModel(BaseTuner):
             self._shared_gram = SharedGram()
             self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
             self._given_ranks: dict[str, dict[str, int] | None] = {}  # compact_ranks that the user chose, by adapter
+            self._owned: set[str] = set()  # adapters whose config is a copy of the user's
             self._trained: dict[str, dict[str, Factors]] = {}  # factors as training left them, by adapter and layer
             self._unpacked = keep_unpacked(model)
             self._aliases = aliases(model)
@@ -64,17 +69,22 @@ class InjectedModel(BaseTuner):
         if not (config.inference_mode or config.compressed):
             warn_of_fused_weights(model)
         self._trained.pop(adapter_name, None)
+        self._owned.discard(adapter_name)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         keep_to_limit(dict(self._tuner_layers(adapter_name)), adapter_name, self._config(adapter_name))
 
     def _prepare_model(self, peft_config: LoraSVDConfig, model: nn.Module) -> None:
-        """Let ``layers_to_transform`` choose among all linear layers, too; PEFT would pass it over without a word."""
-        if str(peft_config.target_modules).lower() != "all-linear" or peft_config.layers_to_transform is None:
+        """Leave the head, which PEFT trains whole, out of all linear layers, and let ``layers_to_transform`` choose
+        among them; PEFT would fail with the one and pass over the other without a word."""
+        if str(peft_config.target_modules).lower() != "all-linear":
             return
         _maybe_include_all_linear_layers(peft_config, model)
-        names = peft_config.target_modules or ()
+        names = set(peft_config.target_modules or ()).difference(_HEADS.get(peft_config.task_type or "", ()))
+        peft_config.target_modules = names  # pyright: ignore[reportAttributeAccessIssue] - as in PEFT
+        if peft_config.layers_to_transform is None:
+            return
         by_suffix = ((name, replace(peft_config, target_modules=[name.rpartition(".")[2]])) for name in names)
         chosen = {name for name, config in by_suffix if check_target_module_exists(config, name)}
         if not chosen:
@@ -216,6 +226,7 @@ class InjectedModel(BaseTuner):
         given = {} if tuner is None else tuner._given_ranks
         if tuner is not None:
             tuner._trained.pop(adapter_name, None)
+            config = tuner._own_config(adapter_name)
         if not config.compressed:
             given[adapter_name] = config.compact_ranks
         ranks = {name: layer.kept_rank(adapter_name) for name, layer in known.items()}
@@ -235,6 +246,14 @@ class InjectedModel(BaseTuner):
         config = self.peft_config[adapter_name]
         assert isinstance(config, LoraSVDConfig)
         return config
+
+    def _own_config(self, adapter_name: str) -> LoraSVDConfig:
+        """The adapter's config, from here on a copy, which may say what became of it: the user may give theirs to
+        another model."""
+        if adapter_name not in self._owned:
+            self._owned.add(adapter_name)
+            self.peft_config[adapter_name] = copy.deepcopy(self._config(adapter_name))
+        return self._config(adapter_name)
 
     def _single_adapter(self, adapter_names: list[str] | None) -> str:
         names = adapter_names or self.active_adapters

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -37,6 +37,19 @@ if TYPE_CHECKING:
 STATE = (*STATISTICS, "counts")
 
 
+class Sums(BufferDict):
+    """Sums by adapter, which move with the model and keep their dtype: in half precision they would be of no use."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Sums:
+        before: dict[str, Any] = dict(self.items())
+        super()._apply(fn, recurse)
+        after: dict[str, Any] = dict(self.items())
+        for name, moved in after.items():
+            if moved.dtype != before[name].dtype:
+                self[name] = before[name].to(moved.device)
+        return self
+
+
 class ObservedLayer(nn.Module, BaseTunerLayer):
     """Sums over tokens and steps, by adapter, in buffers that are saved with it.
 
@@ -59,7 +72,7 @@ class ObservedLayer(nn.Module, BaseTunerLayer):
 
     def _init_observation(self, shared: SharedGram) -> None:
         for name in STATE:
-            setattr(self, PREFIX + name, BufferDict(persistent=True))
+            setattr(self, PREFIX + name, Sums(persistent=True))
         self._parts: dict[str, dict[str, Tensor]] = {name: {} for name in STATE}
         self._observed: dict[str, tuple[str, ...]] = {}
         self._token_shares: dict[str, float] = {}

@@ -56,7 +56,7 @@ class PhasedModel(InjectedModel):
         if not configs or not torch.is_grad_enabled() or any(layer.disable_adapters for layer in layers):
             return
         if model.training:  # what would fail after the warm-up fails in the first step
-            check_output(outputs)
+            check_output(model, outputs)
         share = max((config.distillation for config in configs if config.compressed), default=0.0)
         if share and getattr(outputs, "loss", None) is not None:
             outputs.loss = mixed_loss(model, args, kwargs, outputs, share)
@@ -103,9 +103,10 @@ class PhasedModel(InjectedModel):
             self._trained.pop(adapter_name, None)  # the optimizer is about to change the factors
             if global_step == 0:
                 check_called(layers, adapter_name)
+                _check_factors(layers, adapter_name)
             if _gradients_are_finite(layers, adapter_name, global_step, scaled=scaled):
                 self._observe_step(layers, adapter_name)
-            budget = schedule.budget(global_step)
+            budget = schedule.budget(global_step, compressed=config.compressed)
             if budget is not None:
                 self.join_statistics(adapter_name)
                 replaced = self._trainable_factors()
@@ -185,7 +186,7 @@ class PhasedModel(InjectedModel):
         """
         name = adapter_name or self._single_adapter(None)
         check_param_ratio(param_ratio)
-        config, given = self._config(name), self._given_ranks.pop(name, None)
+        config, given = self._own_config(name), self._given_ranks.pop(name, None)
         before, ranks = config.param_ratio, config.compact_ranks
         config.param_ratio, config.compact_ranks = param_ratio, None
         try:
@@ -201,8 +202,8 @@ class PhasedModel(InjectedModel):
         ``together``: all processes call it, and each computes its share of the layers.
         """
         divide = distributed.divide if together else distributed.alone
-        config = self._config(adapter_name)
-        if config.trains_factors and adapter_name not in self._trained:
+        config = self._own_config(adapter_name)
+        if config.train_factors and adapter_name not in self._trained:
             self._trained[adapter_name] = {
                 name: factors
                 for name, layer in self._tuner_layers(adapter_name)
@@ -263,6 +264,17 @@ def _weight_reader(name: str, layer: LoraSVDLinear, *, gather: bool, mine: bool)
         )
     weight = distributed.whole(layer.dense_weight().detach())
     return (weight.cpu() if mine else weight.new_empty(0)).double
+
+
+def _check_factors(layers: Mapping[str, LoraSVDLinear], adapter_name: str) -> None:
+    """Raise if all factors are zero, as they are made for those of a saved adapter."""
+    factors = [found for layer in layers.values() if (found := layer.factors(adapter_name)) is not None]
+    if factors and not any(bool(found.left.any()) for found in factors):
+        raise LoraSVDError(
+            f"compressed: got True for adapter {adapter_name}, all of whose factors are zero, expected False: its "
+            "config is that of an adapter that was saved. Load that with PeftModel.from_pretrained(model, folder), or "
+            "set compressed=False and compact_ranks=None"
+        )
 
 
 def kept_parameters_of(config: LoraSVDConfig, shapes: Mapping[str, LayerShape]) -> int:

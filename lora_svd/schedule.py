@@ -29,17 +29,19 @@ class Schedule:
     param_ratio: float
     interval: int = 1
 
-    def budget(self, step: int) -> float | None:
+    def budget(self, step: int, *, compressed: bool = True) -> float | None:
         """The param_ratio to factorize to at this step, or None where nothing is to be done.
 
-        During compression ``target + (1 - target) (1 - t)^3`` with t in (0, 1] the share of the phase that is over
-        (Zhu and Gupta 2017; LoRAPrune uses the same cubic).
+        What was missed is made up for: a run that is resumed with a shorter schedule may be past the factorization and
+        not ``compressed``. During compression ``target + (1 - target) (1 - t)^3`` with t in (0, 1] the share of the
+        phase that is over (Zhu and Gupta 2017; LoRAPrune uses the same cubic).
         """
         first, last = self.warmup_end - 1, max(self.compression_end - 1, self.warmup_end - 1)
-        if step == last:
-            return self.param_ratio
-        if not first <= step < last or (step - first) % self.interval:
+        passed = step > last or (step < last and (step - first) % self.interval)
+        if step < first or (passed and compressed):
             return None
+        if step >= last:
+            return self.param_ratio
         done = (step - first + 1) / (last - first + 1)
         return self.param_ratio + (1 - self.param_ratio) * (1 - done) ** 3
 

@@ -21,7 +21,8 @@ class LoraSVDCallback(TrainerCallback):
     """Calls ``update_and_allocate`` before every optimizer step of a ``Trainer``. Nothing to configure.
 
     At that point gradients are accumulated, averaged over processes, unscaled and clipped, and the weights are those
-    that the gradients belong to. Before a checkpoint is saved, the statistics of all processes are added up.
+    that the gradients belong to. Before a checkpoint is saved, the statistics of all processes are added up. The best
+    model (``load_best_model_at_end``, early stopping) is sought anew whenever the size has changed.
     """
 
     def on_train_begin(
@@ -43,7 +44,11 @@ class LoraSVDCallback(TrainerCallback):
         optimizer = given["optimizer"]  # accelerate wraps the one that owns the parameter groups
         scaled = getattr(optimizer, "scaler", None) is not None
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        find_tuner(given["model"]).update_and_allocate(state.global_step, state.max_steps, optimizer, scaled=scaled)
+        tuner = find_tuner(given["model"])
+        before = tuner.current_param_ratio()
+        tuner.update_and_allocate(state.global_step, state.max_steps, optimizer, scaled=scaled)
+        if tuner.current_param_ratio() != before:  # a larger model is no rival of the smaller ones that follow
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Add up the statistics of all processes if a checkpoint follows, or may follow; none does after the run."""

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from models import ARCHITECTURES, LLAMA, assert_bit_equal, logits, make_trainer, settings, tensors, trained, wrap
-from peft import PeftModel
-from transformers import LlamaForCausalLM
+from peft import PeftModel, TaskType, get_peft_model
+from peft.utils import ModulesToSaveWrapper
+from transformers import BertForQuestionAnswering, BertForTokenClassification, LlamaForCausalLM, PreTrainedModel
 
-from lora_svd import LoraSVDError
+from lora_svd import LoraSVDConfig, LoraSVDError
 from lora_svd.compact import parameter_report
 
 BOTH_STATES = pytest.mark.parametrize("warmup", [2, 5], ids=["compressed", "whole"])
@@ -208,3 +209,59 @@ def test_a_compression_that_left_every_layer_dense_is_over_after_loading(tmp_pat
     again = PeftModel.from_pretrained(LLAMA.build(), tmp_path)
     assert again.peft_config["default"].compressed
     assert_bit_equal(tensors(again.merge_and_unload()), tensors(model.merge_and_unload()))
+
+
+def test_one_config_for_two_models(tmp_path: Path) -> None:
+    """What became of the first is not said in the user's config, with which the second would begin."""
+    config, found = settings(warmup=2), []
+    for name in ("first", "second"):
+        torch.manual_seed(3)
+        model = get_peft_model(LLAMA.build(), config)
+        make_trainer(model, tmp_path / name, steps=4).train()
+        assert model.peft_config["default"].compressed
+        assert (config.compressed, config.compact_ranks) == (False, None)
+        found.append(tensors(model))
+    assert_bit_equal(*found)
+
+
+def test_config_of_a_compressed_adapter_is_no_adapter(tmp_path: Path) -> None:
+    trained(tmp_path).save_pretrained(tmp_path / "adapter")
+    config = LoraSVDConfig.from_pretrained(tmp_path / "adapter")
+    config.inference_mode = False
+    model = get_peft_model(LLAMA.build(), config)
+    with pytest.raises(LoraSVDError, match="compressed: got True for adapter default, all of whose factors are zero"):
+        make_trainer(model, tmp_path / "again").train()
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "head"),
+    [
+        (BertForTokenClassification, "TOKEN_CLS", "classifier"),
+        (BertForQuestionAnswering, TaskType.QUESTION_ANS, "qa_outputs"),
+    ],
+)
+def test_head_of_a_task_is_trained_whole(kind: type[PreTrainedModel], task: str, head: str) -> None:
+    model = get_peft_model(kind(ARCHITECTURES["bert"].config()), settings(task_type=task))
+    assert isinstance(model.base_model.model.get_submodule(head), ModulesToSaveWrapper)
+    assert not any(head in name for name in model.peft_config["default"].target_modules)
+
+
+def test_statistics_keep_their_type_in_half_precision(tmp_path: Path) -> None:
+    model = wrap(warmup=2)
+    trainer = make_trainer(model, tmp_path, steps=4, bf16_full_eval=True)
+    trainer.train()
+    names = [name for name in tensors(model) if "_gram" in name or "counts" in name]
+    before = {name: tensors(model)[name] for name in names}
+    trainer.evaluate()
+    assert next(model.parameters()).dtype == torch.bfloat16
+    assert_bit_equal({name: tensors(model)[name] for name in names}, before)
+    model.base_model.set_param_ratio(0.5)
+
+
+def test_shorter_run_that_is_resumed_behind_its_factorization_is_compressed(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 6}
+    make_trainer(wrap(warmup=0.5), tmp_path, steps=20, **saving).train()
+    model = wrap(warmup=0.5)
+    make_trainer(model, tmp_path, steps=10).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert model.peft_config["default"].compressed
+    assert model.base_model.current_param_ratio() <= 0.6

@@ -210,3 +210,27 @@ def test_trained_factors_are_carried_to_other_sizes(tmp_path: Path) -> None:
     torch.testing.assert_close(weights(model), trained, **LOOSE)
     tuner.set_param_ratio(0.999)
     torch.testing.assert_close(logits(model.merge_and_unload()), dense, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+def test_distillation_of_what_is_no_choice_is_refused(problem: str, tmp_path: Path) -> None:
+    bert = ARCHITECTURES["bert"]
+    model = wrap(bert, warmup=2, distillation=0.5)
+    model.config.problem_type = problem
+    labels = torch.zeros(16, 3)
+    trainer = make_trainer(model, tmp_path, bert, steps=3)
+    trainer.train_dataset = [{**row, "labels": labels[i]} for i, row in enumerate(bert.data())]
+    with pytest.raises(LoraSVDError, match=f"distillation: got problem_type='{problem}' and logits of 3 classes"):
+        trainer.train()
+
+
+def test_another_size_of_an_adapter_loaded_for_inference(tmp_path: Path) -> None:
+    """Trained factors go over to it as they do in memory."""
+    model = wrap(warmup=2, train_factors=True, param_ratio=0.4)
+    make_trainer(model, tmp_path / "run", steps=6).train()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(LLAMA.build(), tmp_path / "adapter")
+    for ratio in (0.6, 0.4):
+        for one in (model, loaded):
+            one.base_model.set_param_ratio(ratio)
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-6)

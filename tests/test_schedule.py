@@ -72,6 +72,15 @@ def test_nothing_happens_outside_the_run():
     assert all(schedule.budget(step) is None for step in range(4, 30))
 
 
+def test_what_was_missed_is_made_up_for():
+    schedule = build_schedule(warmup=2, compression=6, interval=3, total_steps=10, param_ratio=0.5)
+    late = {step: schedule.budget(step, compressed=False) for step in range(10)}
+    assert late[0] is None
+    assert [late[step] for step in (1, 4)] == [schedule.budget(step) for step in (1, 4)]
+    assert late[1] > late[2] > late[3] > late[4]
+    assert late[7] == late[8] == late[9] == 0.5
+
+
 @pytest.mark.parametrize("total_steps", [None, 0, -1])
 def test_unknown_length_is_an_error(total_steps):
     with pytest.raises(LoraSVDError, match=rf"total_steps: got {total_steps}, .* LoraSVDCallback"):
