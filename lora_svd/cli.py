@@ -115,6 +115,8 @@ def _stream(words: list[str]) -> None:
     chosen = ("param_ratio", "importance", "allocation", "factor_format")
     limit = options.statistics_limit or None
     config = LoraSVDConfig(statistics_limit=limit, **{name: getattr(options, name) for name in chosen})
+    if options.samples < 1:
+        raise LoraSVDError(f"samples: got {options.samples}, expected an integer >= 1")
     tokenizer, text = load_tokenizer(folder), read_text("text", options.text)
     with about(options.text):
         ids = token_blocks(tokenizer, text, options.length)[: options.samples]

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from types import UnionType
 from typing import Any
 
 from peft.config import PeftConfig
@@ -25,7 +25,7 @@ STATISTICS_DEVICES = (None, "cpu")
 class _Number:
     """A kind of number: neither a bool nor infinite, and accepted by ``accept``."""
 
-    type: type
+    type: type | UnionType
     accept: Callable[[Any], bool]
     expected: str
 
@@ -36,14 +36,19 @@ class _Number:
             raise LoraSVDError(f"{name}: got {value!r}, expected {self.expected}")
 
 
-_COUNT = _Number(Integral, lambda x: x >= 1, "a positive integer")
-_POSITIVE = _Number(Real, lambda x: x > 0, "a positive number")
-_SHARE = _Number(Real, lambda x: 0 <= x <= 1, "a number in [0, 1]")
-_PHASE = _Number(Real, lambda x: x >= 0, "a fraction of the run or steps, >= 0")
-_RATIO = _Number(Real, lambda x: 0 < x <= 1, "a number in (0, 1], the share of the targeted parameters that is kept")
+_REAL = int | float
+_COUNT = _Number(int, lambda x: x >= 1, "a positive integer")
+_POSITIVE = _Number(_REAL, lambda x: x > 0, "a positive number")
+_SHARE = _Number(_REAL, lambda x: 0 <= x <= 1, "a number in [0, 1]")
+_PHASE = _Number(_REAL, lambda x: x >= 0, "a fraction of the run or steps, >= 0")
+_RATIO = _Number(
+    int | float, lambda x: 0 < x <= 1, "a number in (0, 1], the share of the targeted parameters that is kept"
+)
 _NUMBERS = {
     "param_ratio": _RATIO,
-    "observed_tokens": _Number(Real, lambda x: 0 < x <= 1, "a number in (0, 1], the share of tokens that is observed"),
+    "observed_tokens": _Number(
+        int | float, lambda x: 0 < x <= 1, "a number in (0, 1], the share of tokens that is observed"
+    ),
     "lora_alpha": _POSITIVE,
     **dict.fromkeys(("r", "compression_interval", "rank_multiple"), _COUNT),
     **dict.fromkeys(("warmup", "compression"), _PHASE),

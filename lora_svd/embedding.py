@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import distributed
 from .decompositions import DECOMPOSITIONS
 from .errors import LoraSVDError
 from .importance import IMPORTANCES
@@ -89,7 +88,7 @@ class LoraSVDEmbedding(LoraSVDLinear):
         the ids, is ``|g|^2 h h^T`` here and ``g g^T`` there: as if ``|g| h`` had been one more gradient of the
         embedding's outputs. The ids keep their frequencies as metric; those that g^2 has are much alike.
         """
-        size = torch.linalg.vector_norm(g, dim=-1, keepdim=True, dtype=torch.float32) / distributed.world_size()
+        size = torch.linalg.vector_norm(g, dim=-1, keepdim=True, dtype=torch.float32) / self._shared.divisor
         rows = (h.float() * size).reshape(1, -1, h.shape[-1])
         finite = rows.sum(-1).isfinite()
         rows = rows.masked_fill(~finite[..., None], 0)

@@ -116,8 +116,10 @@ def token_blocks(tokenizer: Any, text: str, length: int, *, field: str = "length
         Token ids, shape (blocks, length), int64.
 
     Raises:
-        LoraSVDError: the text does not fill one block.
+        LoraSVDError: the text does not fill one block, or a block would have no token.
     """
+    if length < 1:
+        raise LoraSVDError(f"`{field}` is {length}, expected an integer >= 1")
     # verbose=False: the text is meant to be longer than the model's context, which tokenizers warn about.
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
     blocks = len(ids) // length
@@ -138,10 +140,15 @@ def _sum_of_losses(model: nn.Module, ids: Tensor) -> float:
 
 
 def _check_window(model: nn.Module, window: int) -> None:
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if window < 2:
         raise LoraSVDError(f"window is {window}; it must be at least 2 tokens, one of which is predicted")
-    if longest is not None and window > longest:
+    check_positions(model, window, "window")
+
+
+def check_positions(model: nn.Module, tokens: int, field: str) -> None:
+    """Raise if the model has no positions for so many tokens; the message names the field that asks for them."""
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if longest is not None and tokens > longest:
         raise LoraSVDError(
-            f"window is {window}, but the model has positions for {longest} tokens: use at most {longest}"
+            f"{field} is {tokens}, but the model has positions for {longest} tokens: use at most {longest}"
         )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -102,6 +103,15 @@ class LoraSVDModel(PhasedModel):
         if self._use_cache is not None:  # Trainer turns it off, and the compact model would generate slowly
             self.model.config.use_cache = self._use_cache
         return model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, adapter_names: list[str] | None = None, **__: Any) -> Iterator[None]:
+        if adapter_names is not None:
+            raise LoraSVDError(
+                f"adapter_names: got {adapter_names} for the rows of a batch, expected None; set_adapter chooses one "
+                "adapter for all rows"
+            )
+        yield
 
     def _check_quantization(self, config: BitsAndBytesConfig, names: Iterable[str], smaller: bool) -> None:
         if not smaller:

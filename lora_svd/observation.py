@@ -181,8 +181,10 @@ class ObservedLayer(nn.Module, BaseTunerLayer):
     def _observe_tokens(self, mark: object, x: Tensor, g: Tensor) -> None:
         if not g.numel():  # an expert that is called without tokens
             return
-        if distributed.world_size() > 1:  # the loss is the mean over processes
-            g = g.float() / distributed.world_size()
+        if g.dim() == 1:
+            x, g = x[None], g[None]
+        if self._shared.divisor != 1:
+            g = g.float() / self._shared.divisor
         of_samples = any(STATISTICS[name].per == "sample" for names in self._observed.values() for name in names)
         # An id that is passed over would count as never seen, and counting costs nothing.
         whole = of_samples or self.num_ids is not None

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import trange
+from transformers import GenerationConfig
 
 from .errors import LoraSVDError
-from .evaluation import evaluation_mode
+from .evaluation import check_positions, evaluation_mode
 
 
 def own_text(
@@ -51,13 +52,14 @@ def own_text(
         Token ids, (blocks, length), int64, on the CPU.
 
     Raises:
-        LoraSVDError: there is no such start token, or a number is too small.
+        LoraSVDError: there is no such start token, a number is too small, or the model has no positions for a document.
     """
     limits = (("blocks", blocks, 1), ("length", length, 2), ("document", document, 2), ("batch_size", batch_size, 1))
     for name, value, least in limits:
         if value < least:
             raise LoraSVDError(f"own_text: {name} is {value}, expected an integer >= {least}")
     first, document = _start_token(tokenizer, start), min(document, length)
+    check_positions(model, document, "own_text: document")
     documents, written = math.ceil(blocks * length / document), []
     with evaluation_mode(model):
         for index in trange(math.ceil(documents / batch_size), desc="own text", unit="batch", disable=not progress):
@@ -80,16 +82,9 @@ def _start_token(tokenizer: Any, start: str | None) -> int:
 def _write(model: Any, first: int, count: int, document: int) -> Tensor:
     """(count, document) tokens; the model's own settings for generation, which make it likelier text, are overruled."""
     ids = torch.full((count, 1), first, device=model.device)
-    drawn = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=document - 1,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        eos_token_id=None,
-        pad_token_id=first,
-    )
-    return drawn.cpu()
+    settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "eos_token_id": None, "pad_token_id": first}
+    before, model.generation_config = model.generation_config, GenerationConfig(do_sample=True, **settings)
+    try:  # what a config given to the call leaves open comes from the model's own
+        return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=document - 1).cpu()
+    finally:
+        model.generation_config = before

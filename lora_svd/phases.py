@@ -26,7 +26,7 @@ from .injection import InjectedModel
 from .layer import LoraSVDLinear
 from .observation import pack_statistics
 from .schedule import Schedule, build_schedule
-from .targets import check_called
+from .targets import check_called, check_factors
 
 
 class PhasedModel(InjectedModel):
@@ -103,7 +103,7 @@ class PhasedModel(InjectedModel):
             self._trained.pop(adapter_name, None)  # the optimizer is about to change the factors
             if global_step == 0:
                 check_called(layers, adapter_name)
-                _check_factors(layers, adapter_name)
+                check_factors(layers, adapter_name)
             if _gradients_are_finite(layers, adapter_name, global_step, scaled=scaled):
                 self._observe_step(layers, adapter_name)
             budget = schedule.budget(global_step, compressed=config.compressed)
@@ -130,6 +130,11 @@ class PhasedModel(InjectedModel):
         for index, ((name, layer), sketch) in enumerate(zip(observed.items(), sketches, strict=True)):
             with in_module(name):
                 layer.observe_step(adapter_name, sketch, mine=distributed.owns(index))
+
+    def set_loss_scale(self, scale: float) -> None:
+        """Say what the loss is multiplied by from now on, so that gradients of all steps count alike. A hand-written
+        loop with a ``GradScaler`` calls it before a backward pass; ``LoraSVDCallback`` does in a Trainer."""
+        self._shared_gram.loss_scale = scale
 
     def join_statistics(self, adapter_name: str | None = None) -> None:
         """Give every process the sums over all of them. A hand-written loop with several processes calls it, in all of
@@ -264,17 +269,6 @@ def _weight_reader(name: str, layer: LoraSVDLinear, *, gather: bool, mine: bool)
         )
     weight = distributed.whole(layer.dense_weight().detach())
     return (weight.cpu() if mine else weight.new_empty(0)).double
-
-
-def _check_factors(layers: Mapping[str, LoraSVDLinear], adapter_name: str) -> None:
-    """Raise if all factors are zero, as they are made for those of a saved adapter."""
-    factors = [found for layer in layers.values() if (found := layer.factors(adapter_name)) is not None]
-    if factors and not any(bool(found.left.any()) for found in factors):
-        raise LoraSVDError(
-            f"compressed: got True for adapter {adapter_name}, all of whose factors are zero, expected False: its "
-            "config is that of an adapter that was saved. Load that with PeftModel.from_pretrained(model, folder), or "
-            "set compressed=False and compact_ranks=None"
-        )
 
 
 def kept_parameters_of(config: LoraSVDConfig, shapes: Mapping[str, LayerShape]) -> int:

@@ -30,7 +30,7 @@ from transformers import (
 from .checkpoints import last_whole_checkpoint
 from .compact import parameter_report, save_compact
 from .errors import LoraSVDError
-from .evaluation import Perplexity, perplexity, token_blocks
+from .evaluation import Perplexity, check_positions, perplexity, token_blocks
 from .html_report import Measured, Messages, ReportData, TrainedRun, bytes_by_part, recorded_messages, write_report
 from .model_card import model_card
 from .own_text import own_text
@@ -74,6 +74,7 @@ def _compress(recipe: Recipe, say: Callable[[str], None], messages: Messages) ->
         tokenizer, model = load_model(run.model, run.dtype, recipe.training.device, given)
         with about(run.train_text):
             blocks = token_blocks(tokenizer, train_text, run.block_length, field="block_length")
+        check_positions(model, run.block_length, "block_length")
     with clock("evaluate dense"), about(run.eval_text):
         dense = _measure(model, tokenizer, eval_text, run)
         say(f"perplexity of {run.model}: {dense.perplexity}")
@@ -170,13 +171,13 @@ def find_device(name: str) -> torch.device:
     """The device of that name; "auto" is the accelerator if there is one, else the CPU.
 
     Raises:
-        LoraSVDError: torch knows no such device.
+        LoraSVDError: torch knows no such device, or finds none.
     """
     if name != "auto":
         try:
-            return torch.device(name)
-        except RuntimeError as error:
-            raise LoraSVDError(f"device: unknown value {name!r}: {error}") from error
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:  # torch raises the latter if it was built without CUDA
+            raise LoraSVDError(f"device: cannot use {name!r}: {error}") from error
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return found or torch.device("cpu")
 

@@ -103,3 +103,14 @@ def warn_of_fused_weights(model: nn.Module) -> None:
 def _shortened(names: Iterable[str]) -> str:
     first, *rest = names
     return f"{first} and {len(rest)} more" if rest else first
+
+
+def check_factors(layers: Mapping[str, LoraSVDLinear], adapter_name: str) -> None:
+    """Raise if all factors are zero, as they are made for those of a saved adapter."""
+    factors = [found for layer in layers.values() if (found := layer.factors(adapter_name)) is not None]
+    if factors and not any(bool(found.left.any()) for found in factors):
+        raise LoraSVDError(
+            f"compressed: got True for adapter {adapter_name}, all of whose factors are zero, expected False: its "
+            "config is that of an adapter that was saved. Load that with PeftModel.from_pretrained(model, folder), or "
+            "set compressed=False and compact_ranks=None"
+        )

@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from . import distributed
 from .linalg import gram
 from .sketch import sketched_gram
 
@@ -98,10 +99,20 @@ class IndexObservation(TokenObservation):
 
 
 class SharedGram:
-    """The Gram matrix of the input last seen, kept until another input comes, and the sums it was added to."""
+    """What the layers of a model have in common while they are observed.
+
+    The Gram matrix of the input last seen, kept until another input comes, and the sums it was added to; and what
+    gradients are divided by.
+    """
 
     def __init__(self) -> None:
+        self.loss_scale = 1.0
         self.clear()
+
+    @property
+    def divisor(self) -> float:
+        """Of gradients: the loss is scaled, and it is the mean over processes."""
+        return self.loss_scale * distributed.world_size()
 
     def recognize(self, x: Tensor) -> object:
         """A mark of this input: the same for all layers that are called with it, one after the other.

@@ -35,6 +35,12 @@ class LoraSVDCallback(TrainerCallback):
             schedule = tuner.schedule(adapter_name, state.max_steps)
             _check_sharding(tuner, adapter_name, schedule, state.global_step)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        scaler = getattr(given["optimizer"], "scaler", None)
+        find_tuner(given["model"]).set_loss_scale(1.0 if scaler is None else scaler.get_scale())
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:

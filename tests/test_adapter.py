@@ -265,3 +265,9 @@ def test_shorter_run_that_is_resumed_behind_its_factorization_is_compressed(tmp_
     make_trainer(model, tmp_path, steps=10).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     assert model.peft_config["default"].compressed
     assert model.base_model.current_param_ratio() <= 0.6
+
+
+def test_one_adapter_for_each_row_of_a_batch_is_refused() -> None:
+    model = run()
+    with pytest.raises(LoraSVDError, match=r"adapter_names: got \['__base__', 'default'\] for the rows of a batch"):
+        model(**LLAMA.inputs(), adapter_names=["__base__", "default"])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import LLAMA, assert_bit_equal, linear_sizes, logits, make_trainer, settings, tensors, trained, wrap
@@ -51,6 +52,7 @@ def stopped(folder: Path, **changes: Any) -> PeftModel:
         ("rank_multiple", 0, "got 0, expected a positive integer"),
         ("r", 0, "got 0, expected a positive integer"),
         ("r", 2.5, r"got 2\.5, expected a positive integer"),
+        ("r", np.int64(4), r"got np.int64\(4\), expected a positive integer"),
         ("lora_dropout", 1.5, r"got 1\.5, expected a number in \[0, 1\]"),
         ("row_shrinkage", 2, r"got 2, expected a number in \[0, 1\]"),
         ("column_shrinkage", None, "got None, expected a number"),

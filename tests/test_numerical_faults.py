@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import LLAMA, TIED, assert_bit_equal, logits, make_trainer, settings, tensors, wrap
 from peft import PeftModel, get_peft_model
+from reference import relative_error
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -86,6 +87,30 @@ def test_overflow_that_the_scaler_skips(importance: str, train_factors: bool, tm
     assert trainer.accelerator.scaler.get_scale() == 1024 / 8
     assert all(tensor.isfinite().all() for tensor in tensors(model).values())
     assert parameter_report(model.merge_and_unload()).param_ratio <= 0.6
+
+
+@pytest.mark.parametrize(
+    ("importance", "statistic"), [("lora_activation", "lora_gradient_gram"), ("kronecker", "output_gram")]
+)
+def test_scaled_losses_are_observed_like_others(importance: str, statistic: str, tmp_path: Path) -> None:
+    """However the scale changes: here it grows with every other step."""
+    plain, scaled = (wrap(importance=importance, warmup=8) for _ in range(2))
+    make_trainer(plain, tmp_path / "plain", steps=8).train()
+    trainer = scaled_trainer(scaled, tmp_path / "scaled", set())
+    trainer.accelerator.scaler.set_growth_interval(2)
+    trainer.train()
+    assert trainer.accelerator.scaler.get_scale() == 1024 * 2**4
+    found, expected = (
+        model.get_submodule(f"base_model.model.{UP}").statistics("default").mean(statistic) for model in (scaled, plain)
+    )
+    assert relative_error(found, expected) < 0.1
+
+
+def test_layer_that_is_called_with_a_single_token() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), settings(target_modules=["0"], total_steps=9))
+    model(torch.randn(6)).square().sum().backward()
+    model.base_model.update_and_allocate(0)
+    assert model.base_model.model[0].lora_svd_counts["default"].tolist() == [1, 1, 1]
 
 
 @TIED

@@ -28,6 +28,7 @@ def model(tmp_path: Path) -> Any:
     model: Any = AutoModelForCausalLM.from_pretrained(save_tiny_lm(tmp_path))
     model.model.norm.weight.data.fill_(12.0)
     model.generation_config.update(do_sample=True, temperature=0.1, top_k=2, top_p=0.5, repetition_penalty=9.0)
+    model.generation_config.update(min_p=0.9, no_repeat_ngram_size=2, num_return_sequences=2, max_time=1e-6)
     return model
 
 
@@ -78,6 +79,7 @@ def test_the_seed_decides_and_modes_are_restored(model: Any, tokenizer: Any):
         ({"document": 1}, "own_text: document is 1, expected an integer >= 2"),
         ({"batch_size": 0}, "own_text: batch_size is 0, expected an integer >= 1"),
         ({"length": 0}, "own_text: length is 0, expected an integer >= 2"),
+        ({"length": 65}, "own_text: document is 65, but the model has positions for 64 tokens: use at most 64"),
         ({"start": "<|none|>"}, "own_text: start is '<|none|>' and bos_token '<s>', expected a token of the vocab"),
     ],
 )

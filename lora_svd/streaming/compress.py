@@ -69,8 +69,8 @@ def compress_checkpoint(
     statistics = _statistics(config)
     if target.exists():
         raise LoraSVDError(f"output: {target} exists; name a folder that does not")
-    if ids.dim() != 2 or not ids.numel():
-        raise LoraSVDError(f"ids: got shape {tuple(ids.shape)}, expected (samples, tokens), both at least 1")
+    if ids.dim() != 2 or len(ids) < 1 or ids.shape[1] < 2:
+        raise LoraSVDError(f"ids: got shape {tuple(ids.shape)}, expected (samples, tokens), at least (1, 2)")
     checkpoint = Checkpoint(source, torch.device(device))
     shapes = checkpoint.layers(config)
     layers = {name: LayerShape(*shape) for name, shape in shapes.items()}
