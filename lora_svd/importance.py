@@ -43,11 +43,11 @@ def lora_minnorm(seen: LayerStatistics) -> Metrics:
 
 
 def lora_activation(seen: LayerStatistics) -> Metrics:
-    """``C = E[g g^T]``, estimated from LoRA's gradients of segments of tokens, for the rows; ``X = E[x x^T]`` for the
+    """``C = sum g g^T``, estimated from LoRA's gradients of segments of tokens, for the rows; ``X = E[x x^T]`` for the
     columns: :func:`lora_svd.statistics.segment_gradients`. The metric of "kronecker", so that the error is in units of
     loss, comparable across layers, for a quarter of the work on outputs.
     """
-    return Metrics(row=seen.mean("lora_gradient_gram"), column=seen.mean("input_gram"))
+    return Metrics(row=seen.total("lora_gradient_gram"), column=seen.mean("input_gram"))
 
 
 def lora_diagonal(seen: LayerStatistics) -> Metrics:
@@ -81,13 +81,17 @@ def activation(seen: LayerStatistics) -> Metrics:
 
 
 def gradient_activation(seen: LayerStatistics) -> Metrics:
-    """The diagonal of ``C = E[g g^T]`` for the rows and X for the columns."""
-    return Metrics(row=seen.mean("output_square"), column=seen.mean("input_gram"))
+    """The diagonal of ``C = sum g g^T`` for the rows and X for the columns."""
+    return Metrics(row=seen.total("output_square"), column=seen.mean("input_gram"))
 
 
 def kronecker(seen: LayerStatistics) -> Metrics:
-    """``C = E[g g^T]`` and ``X = E[x x^T]`` per token: the loss to second order, ``1/2 tr(D^T C D X)`` (K-FAC)."""
-    return Metrics(row=seen.mean("output_gram"), column=seen.mean("input_gram"))
+    """``C = sum g g^T`` and ``X = E[x x^T]``: the loss to second order, ``1/2 tr(D^T C D X)`` (K-FAC).
+
+    The sum over tokens, not the mean: a layer that sees one token of a sample, such as one behind a pooling, costs a
+    loss that much less often than one that sees all of them.
+    """
+    return Metrics(row=seen.total("output_gram"), column=seen.mean("input_gram"))
 
 
 def plain(seen: LayerStatistics) -> Metrics:

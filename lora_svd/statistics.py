@@ -66,10 +66,10 @@ def input_sketch(lora_A: Tensor, input_gram: Tensor) -> Tensor:
 
 
 def gradient_rows(step: StepObservation) -> Tensor:
-    """The diagonal of ``C = E[g g^T]`` as LoRA's own gradient shows it, (out,), up to a factor common to all layers.
+    """The diagonal of ``C = sum g g^T``, over the tokens of the step, as LoRA's own gradient shows it, (out,).
 
     ``dB = s sum_t g_t (A x_t)^T`` is what A lets through of the gradient. With ``M = A X A^T``, (r, r), independence of
-    g and x gives ``E[dB M^-1 dB^T] = s^2 r T C`` for T tokens, hence ``c_i = (dB M^-1 dB^T)_ii / (s^2 r)``.
+    g and x gives ``E[dB M^-1 dB^T] = s^2 r C``, hence ``c_i = (dB M^-1 dB^T)_ii / (s^2 r)``.
     Whitening by M keeps the few large directions of the input from drowning the others, which the norms of the rows of
     dB, or LoRAPrune's sensitivity divided by the energy of weights and input, do not.
     """
@@ -233,7 +233,7 @@ class LayerStatistics:
     """The sums of one layer and how much they saw, on the CPU.
 
     Attributes:
-        sums: by name, float32; Gram matrices whole, packed or as sketches, which :meth:`mean` tells by their shape.
+        sums: by name, float32; Gram matrices whole, packed or as sketches, which :meth:`total` tells by their shape.
         counts: tokens, samples and steps observed.
     """
 
@@ -241,10 +241,14 @@ class LayerStatistics:
     counts: Mapping[str, int]
 
     def mean(self, name: str) -> Tensor:
-        """The sum, or what its sketch stands for, divided by what it ran over, float64; (n,) if it is a diagonal."""
-        total, statistic = self.sums[name], STATISTICS[name]
-        if statistic.gram and total.dim() == 1:
+        """:meth:`total`, divided by the number of tokens, samples or steps that it ran over."""
+        return self.total(name).div_(self.counts[STATISTICS[name].per])
+
+    def total(self, name: str) -> Tensor:
+        """The sum, or what its sketch stands for, float64; (n,) if it is a diagonal."""
+        total, is_sum_of_grams = self.sums[name], STATISTICS[name].gram
+        if is_sum_of_grams and total.dim() == 1:
             total = unpack(total)
-        elif statistic.gram and not is_gram(name, total):
+        elif is_sum_of_grams and not is_gram(name, total):
             total = total[0] if len(total) == 1 else expand(total)
-        return total.to(torch.float64, copy=True).div_(self.counts[statistic.per])
+        return total.to(torch.float64, copy=True)

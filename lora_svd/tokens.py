@@ -8,6 +8,7 @@ all layers and drops out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -221,6 +222,7 @@ def observe_tokens(
     start = shared.start(start_of, stride)
     if stride > 1:
         x, g = (tensor.reshape(1, num_tokens, -1)[:, start::stride] for tensor in (x, g))
+        g = g * math.sqrt(stride)  # a token stands for k of them in sums of g g^T
     else:
         x, g = (tensor.reshape(tensor.shape[0], -1, tensor.shape[-1]) for tensor in (x, g))
     size = g.abs().sum(-1, dtype=torch.float32)

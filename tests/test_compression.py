@@ -77,11 +77,10 @@ def test_metrics_are_shrunk_towards_their_mean(layers):
     chosen = settings(row_shrinkage=0.25, correlation_shrinkage=0.4, column_shrinkage=0.5)
     metrics = layer_metrics(name, given, chosen)
     seen = given.statistics()
-    sides = ((metrics.row, "output_gram", 0.25, 0.4), (metrics.column, "input_gram", 0.5, 0.0))
-    for found, statistic, amount, correlation in sides:
-        mean = seen.mean(statistic)
-        kept = (1 - correlation) * mean + correlation * torch.diag(mean.diagonal())
-        expected = (1 - amount) * kept + amount * mean.diagonal().mean() * torch.eye(len(mean), dtype=torch.float64)
+    row, column = seen.total("output_gram"), seen.mean("input_gram")
+    for found, metric, amount, correlation in ((metrics.row, row, 0.25, 0.4), (metrics.column, column, 0.5, 0.0)):
+        kept = (1 - correlation) * metric + correlation * torch.diag(metric.diagonal())
+        expected = (1 - amount) * kept + amount * metric.diagonal().mean() * torch.eye(len(metric), dtype=torch.float64)
         assert reference.relative_error(found, expected) < 1e-12
 
 

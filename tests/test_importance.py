@@ -181,18 +181,18 @@ def seen():
 
 def test_presets_are_the_formulas(seen):
     S = {name: total.double() for name, total in seen.sums.items()}
-    X, C = S["input_gram"] / 10, S["output_gram"] / 10
+    X = S["input_gram"] / 10
     expected = {
         "lora": (S["lora_rows"] / 2, None),
         "lora_minnorm": (S["minnorm_rows"] / 2, None),
         "lora_diagonal": (S["gradient_rows"] / 2, X),
-        "lora_activation": (S["lora_gradient_gram"] / 10, X),
+        "lora_activation": (S["lora_gradient_gram"], X),
         "fisher": (S["weight_gradient_rows"] / 4, None),
         "fisher_elementwise": (None, None),
         "activation_scale": (None, S["input_abs"] / 10),
         "activation": (None, X),
-        "gradient_activation": (S["output_square"] / 10, X),
-        "kronecker": (C, X),
+        "gradient_activation": (S["output_square"], X),
+        "kronecker": (S["output_gram"], X),
         "none": (None, None),
     }
     assert expected.keys() == IMPORTANCES.keys()
@@ -205,6 +205,39 @@ def test_presets_are_the_formulas(seen):
         assert (metrics.elements is not None) == IMPORTANCES[name].elementwise
     elements = IMPORTANCES["fisher_elementwise"].metrics(seen).elements
     assert torch.equal(elements, S["weight_gradient_square"] / 4)
+
+
+class Pooled(nn.Module):
+    """A layer that sees every token, and one that sees the mean of each sample's; inputs have one length in both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.pooled = nn.Linear(6, 5, bias=False), nn.Linear(5, 4, bias=False)
+
+    def forward(self, x):
+        hidden = self.token(nn.functional.normalize(x, dim=-1))
+        return self.pooled(nn.functional.normalize(hidden.mean(1), dim=-1))
+
+
+@pytest.mark.parametrize("importance", ["kronecker", "gradient_activation", "lora_activation"])
+def test_metrics_are_comparable_between_layers_that_see_more_and_fewer_tokens(importance):
+    """``tr(C) tr(X) = sum |g|^2 |x|^2``, the trace of the Fisher matrix of single tokens, if all |x| are equal."""
+    config = LoraSVDConfig(r=2, target_modules=["token", "pooled"], importance=importance, total_steps=9)
+    model = get_peft_model(Pooled(), config)
+    layers = {name: model.base_model.model.get_submodule(name) for name in ("token", "pooled")}
+    gradients = {}
+    for name, layer in layers.items():
+        layer.register_full_backward_hook(lambda _, __, g, name=name: gradients.update({name: g[0]}))
+    model(torch.randn(128, 20, 6, requires_grad=True)).square().sum().backward()
+    model.base_model.update_and_allocate(0)
+    for name, layer in layers.items():
+        metrics = IMPORTANCES[importance].metrics(layer.statistics("default"))
+        row = metrics.row.sum() if metrics.row.dim() == 1 else metrics.row.trace()
+        found, exact = float(row * metrics.column.trace()), float(gradients[name].square().sum())
+        if importance == "lora_activation":  # an estimate, of gradients that are not independent; the mean is 1/20
+            assert exact / 4 < found < 4 * exact
+        else:
+            assert found == pytest.approx(exact, rel=1e-4)
 
 
 def test_gradient_rows_estimate_the_diagonal_of_the_gradient_covariance():

@@ -259,7 +259,7 @@ def test_a_share_of_the_tokens_is_observed(share: float, stride: int) -> None:
         assert int(counts["token"]) == 2048 // stride
         start = int(seen.x[0, 0].argmax())
         assert torch.equal(seen.x.flatten(0, 1), x.reshape(-1, 2048)[start::stride])
-        assert torch.equal(seen.g.flatten(0, 1), g.reshape(-1, 3)[start::stride])
+        assert torch.equal(seen.g.flatten(0, 1), g.reshape(-1, 3)[start::stride] * stride**0.5)
         assert seen.shared.gram(seen) is other.shared.gram(other)
         starts.add(start)
     assert starts == set(range(stride))
