@@ -41,14 +41,10 @@ _COUNT = _Number(int, lambda x: x >= 1, "a positive integer")
 _POSITIVE = _Number(_REAL, lambda x: x > 0, "a positive number")
 _SHARE = _Number(_REAL, lambda x: 0 <= x <= 1, "a number in [0, 1]")
 _PHASE = _Number(_REAL, lambda x: x >= 0, "a fraction of the run or steps, >= 0")
-_RATIO = _Number(
-    int | float, lambda x: 0 < x <= 1, "a number in (0, 1], the share of the targeted parameters that is kept"
-)
+_RATIO = _Number(_REAL, lambda x: 0 < x <= 1, "a number in (0, 1], the share of the targeted parameters that is kept")
 _NUMBERS = {
     "param_ratio": _RATIO,
-    "observed_tokens": _Number(
-        int | float, lambda x: 0 < x <= 1, "a number in (0, 1], the share of tokens that is observed"
-    ),
+    "observed_tokens": _Number(_REAL, lambda x: 0 < x <= 1, "a number in (0, 1], the share of tokens that is observed"),
     "lora_alpha": _POSITIVE,
     **dict.fromkeys(("r", "compression_interval", "rank_multiple"), _COUNT),
     **dict.fromkeys(("warmup", "compression"), _PHASE),

@@ -226,18 +226,18 @@ class InjectedModel(BaseTuner):
         given = {} if tuner is None else tuner._given_ranks
         if tuner is not None:
             tuner._trained.pop(adapter_name, None)
-            config = tuner._own_config(adapter_name)
         if not config.compressed:
             given[adapter_name] = config.compact_ranks
         ranks = {name: layer.kept_rank(adapter_name) for name, layer in known.items()}
         # Without factors the run is before its compression, unless that has left every layer dense.
-        config.compressed = any(layer.factors(adapter_name) is not None for layer in known.values()) or (
+        compressed = any(layer.factors(adapter_name) is not None for layer in known.values()) or (
             config.compressed and config.compact_ranks == ranks
         )
-        if config.compressed:
-            config.compact_ranks = ranks
-        else:
-            config.compact_ranks = given.get(adapter_name)
+        said = {"compressed": compressed, "compact_ranks": ranks if compressed else given.get(adapter_name)}
+        if tuner is not None and any(getattr(config, name) != value for name, value in said.items()):
+            config = tuner._own_config(adapter_name)
+        for name, value in said.items():
+            setattr(config, name, value)
         for layer in known.values():
             layer.observe(adapter_name, config)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
