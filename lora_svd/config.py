@@ -77,7 +77,7 @@ class LoraSVDConfig(PeftConfig):
 
     Measured (SmolLM2-135M, 60 steps of 2,048 tokens of WikiText-2, param_ratio 0.6, one seed or three; perplexity in
     multiples of the dense model's on WikiText-2 / on C4, which nothing saw): the defaults 1.25 / 2.96;
-    ``train_factors=True, distillation=0.5, observed_tokens=1.0`` 1.20 / 2.41 (at 0.8: 0.86 / 1.21), for more memory and
+    ``train_factors=True, distillation=0.5, observed_tokens=1.0`` 1.20 / 2.41 (at 0.8: 0.85 / 1.23), for more memory and
     time, and not for a model whose head is new: its teacher is the model without adapters. Those with
     ``importance="kronecker"`` besides 1.19 / 2.39 (0.85 / 1.21), with ``"lora_diagonal"``, for a third of the
     statistics, 1.28 / 2.51 (0.87 / 1.25). See ``recipes/benchmarks/README.md``.
