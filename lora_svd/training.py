@@ -38,12 +38,14 @@ class LoraSVDCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
+        """Say what the loss is multiplied by; in float16 that changes from step to step."""
         scaler = getattr(given["optimizer"], "scaler", None)
         find_tuner(given["model"]).set_loss_scale(1.0 if scaler is None else scaler.get_scale())
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
+        """Observe the step and, where the schedule says so, factorize."""
         if state.global_step >= state.max_steps:  # Trainer takes one step too many if a finished run is resumed
             given["model"].zero_grad()
             return
