@@ -52,8 +52,8 @@ class PhasedModel(InjectedModel):
     def _distill(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
         """Once it is compressed, ``distillation`` of the model's loss comes from the model that it was."""
         configs = [config for name in self.active_adapters if (config := self._config(name)).distillation]
-        layers = (layer for name in self.active_adapters for _, layer in self._tuner_layers(name))
-        if not configs or not torch.is_grad_enabled() or any(layer.disable_adapters for layer in layers):
+        off = (layer.disable_adapters for name in self.active_adapters for _, layer in self._tuner_layers(name))
+        if not configs or not torch.is_grad_enabled() or next(off, True):  # PEFT switches all layers off together
             return
         if model.training:  # what would fail after the warm-up fails in the first step
             check_output(model, outputs)

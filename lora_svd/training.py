@@ -53,9 +53,9 @@ class LoraSVDCallback(TrainerCallback):
         scaled = getattr(optimizer, "scaler", None) is not None
         optimizer = getattr(optimizer, "optimizer", optimizer)
         tuner = find_tuner(given["model"])
-        before = tuner.current_param_ratio()
+        before = _ranks_in_force(tuner)
         tuner.update_and_allocate(state.global_step, state.max_steps, optimizer, scaled=scaled)
-        if tuner.current_param_ratio() != before:  # a larger model is no rival of the smaller ones that follow
+        if _ranks_in_force(tuner) != before:  # a larger model is no rival of the smaller ones that follow
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
@@ -108,6 +108,12 @@ def find_tuner(model: nn.Module | None) -> LoraSVDModel:
         f"LoraSVDCallback: {type(model).__name__} has no LoraSVD adapter; make it with "
         "get_peft_model(model, LoraSVDConfig(...))"
     )
+
+
+def _ranks_in_force(tuner: LoraSVDModel) -> list[dict[str, int] | None]:
+    """Of every active adapter; None while it is whole."""
+    configs = map(tuner._config, tuner.active_adapters)
+    return [config.compact_ranks if config.compressed else None for config in configs]
 
 
 def _check_sharding(tuner: LoraSVDModel, adapter_name: str, schedule: Schedule, global_step: int) -> None:

@@ -76,8 +76,28 @@ def test_best_model_of_the_final_size_replaces_the_last(best: int, given: bool, 
     assert_bit_equal(tensors(model), tensors(saved))
     assert torch.equal(logits(model), logits(saved))
     assert model.peft_config["default"].compact_ranks == saved.peft_config["default"].compact_ranks
-    if found >= 9:
-        assert_bit_equal(tensors(model.merge_and_unload()), tensors(saved.merge_and_unload()))
+    assert_bit_equal(tensors(model.merge_and_unload()), tensors(saved.merge_and_unload()))
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("step", [2, 6])
+def test_checkpoint_of_an_earlier_phase_replaces_the_last(step: int, given: bool, tmp_path: Path) -> None:
+    """As Trainer loads one: statistics, factors and ranks are those that it has, and a merge finishes the schedule."""
+    ranks = dict.fromkeys(linear_sizes(LLAMA.build()).keys() - {"lm_head"}, 5) if given else None
+    model = run(tmp_path, compact_ranks=ranks, **SCHEDULES["cubic"]).eval()
+    model.load_adapter(str(tmp_path / f"checkpoint-{step}"), "default", is_trainable=True)
+    saved = PeftModel.from_pretrained(LLAMA.build(), tmp_path / f"checkpoint-{step}", is_trainable=True)
+    assert_bit_equal(tensors(model), tensors(saved))
+    assert torch.equal(logits(model), logits(saved))
+    assert model.peft_config["default"].compressed == (step != 2)
+    assert model.peft_config["default"].compact_ranks == saved.peft_config["default"].compact_ranks
+    for unfinished in (model, saved):
+        if given and step == 6:  # the given ranks are in force already
+            unfinished.merge_and_unload()
+            continue
+        with pytest.warns(UserWarning, match="training ended before the schedule did"):
+            unfinished.merge_and_unload()
+    assert_bit_equal(tensors(model.base_model.model), tensors(saved.base_model.model))
 
 
 def test_early_stopping_waits_for_the_recovery(tmp_path: Path) -> None:
