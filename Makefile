@@ -1,4 +1,4 @@
-# make demo | make test | make check; each first creates what it needs in .venv, once per change of the requirements.
+# make demo | make test | make test-benchmarks | make check; each first creates what it needs in .venv, once per change of the requirements.
 # make test-extended: more than ten thousand generated cases | make test-oldest: on the oldest supported versions |
 # make audit: known vulnerabilities in the tested versions.
 PYTHON ?= python3
@@ -11,7 +11,7 @@ WORKERS ?= 2
 # Idle threads sleep: where other programs use the cores too, spinning ones make torch several times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: env demo test test-extended test-oldest check audit
+.PHONY: env demo test test-benchmarks test-extended test-oldest check audit
 
 env: $(VENV)/.installed-dev
 
@@ -28,6 +28,10 @@ demo: $(VENV)/.installed-demo
 test: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
+# The scripts in benchmarks, on tiny models.
+test-benchmarks: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks/tests -n $(WORKERS) --dist loadgroup
+
 test-extended: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_properties.py --hypothesis-profile extended \
 		--hypothesis-show-statistics --durations 0 --timeout 0
@@ -40,10 +44,10 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt -e '.[dev]'
 	touch $@
 
-# What belongs to the newest versions stays out: PEFT's own tests, notebooks and benchmarks.
+# What belongs to the newest versions stays out: PEFT's own tests and the notebooks.
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -m 'not real_model' \
-		--ignore tests/contract $(foreach name,notebooks benchmarks benchmark_parts benchmark_baselines,--ignore tests/test_$(name).py)
+		--ignore tests/contract --ignore tests/test_notebooks.py
 
 check: env
 	$(BIN)/ruff check .

@@ -127,8 +127,8 @@ def given_ranks(
 
 
 @dataclass(frozen=True)
-class _Options:
-    """What a layer can be: ranks ascending, their cost in numbers and the error they leave."""
+class Options:
+    """Ranks that a layer can have, ascending, their cost in numbers and the error they leave."""
 
     ranks: list[int]
     costs: list[int]
@@ -139,14 +139,14 @@ class _Options:
         return min(range(len(self.ranks)), key=lambda i: (self.errors[i] + price * self.costs[i], self.costs[i]))
 
 
-def _options(spectrum: Tensor, shape: LayerShape, factor_format: str, rank_multiple: int) -> _Options:
+def _options(spectrum: Tensor, shape: LayerShape, factor_format: str, rank_multiple: int) -> Options:
     ranks = candidate_ranks(shape, factor_format, rank_multiple)
     tail = torch.cat([spectrum.double().flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
     errors = [0.0 if rank >= shape.full_rank else float(tail[min(rank, len(spectrum))]) for rank in ranks]
-    return _Options(ranks, [stored_parameters(shape, rank, factor_format) for rank in ranks], errors)
+    return Options(ranks, [stored_parameters(shape, rank, factor_format) for rank in ranks], errors)
 
 
-def _global(options: dict[str, _Options], shapes: Mapping[str, LayerShape], param_ratio: float) -> dict[str, int]:
+def _global(options: dict[str, Options], shapes: Mapping[str, LayerShape], param_ratio: float) -> dict[str, int]:
     """Bisect the price of a parameter in error, then spend what the jumps of the curves left over."""
     budget = budget_of(shapes, param_ratio)
 
@@ -172,10 +172,11 @@ def _global(options: dict[str, _Options], shapes: Mapping[str, LayerShape], para
     return _spend(options, choose(high), budget)
 
 
-def _spend(options: dict[str, _Options], chosen: dict[str, int], budget: int) -> dict[str, int]:
+def _spend(options: dict[str, Options], chosen: dict[str, int], budget: int) -> dict[str, int]:
     """Raise one layer at a time, the largest gain per parameter first, while it fits.
 
-    Every larger rank is a candidate, not only the next: a flat spectrum gains little until the layer is dense.
+    Every larger rank is a candidate, not only the next: a flat spectrum gains little until the layer is dense. One that
+    gains nothing is none.
     """
     chosen = dict(chosen)
     left = budget - sum(options[name].costs[index] for name, index in chosen.items())
@@ -187,7 +188,8 @@ def _spend(options: dict[str, _Options], chosen: dict[str, int], budget: int) ->
                 price = option.costs[larger] - option.costs[index]
                 if price > left:
                     break
-                steps.append(((option.errors[index] - option.errors[larger]) / price, name, larger))
+                if (gain := option.errors[index] - option.errors[larger]) > 0:
+                    steps.append((gain / price, name, larger))
         if not steps:
             return chosen
         _, name, larger = max(steps)
@@ -195,7 +197,7 @@ def _spend(options: dict[str, _Options], chosen: dict[str, int], budget: int) ->
         chosen[name] = larger
 
 
-def _uniform(options: dict[str, _Options], shapes: Mapping[str, LayerShape], param_ratio: float) -> dict[str, int]:
+def _uniform(options: dict[str, Options], shapes: Mapping[str, LayerShape], param_ratio: float) -> dict[str, int]:
     """Every layer the same share of its own size: the largest rank that its share pays for, rank 1 where none does.
 
     Layers too small for their share at rank 1 are paid for by the largest ranks of the others.
@@ -211,7 +213,8 @@ def _uniform(options: dict[str, _Options], shapes: Mapping[str, LayerShape], par
     return chosen
 
 
-ALLOCATIONS: dict[str, Callable[[dict[str, _Options], Mapping[str, LayerShape], float], dict[str, int]]] = {
+# How indices into the options of each layer are chosen: by name, ``(options, shapes, param_ratio) -> indices``.
+ALLOCATIONS: dict[str, Callable[[dict[str, Options], Mapping[str, LayerShape], float], dict[str, int]]] = {
     "global": _global,
     "uniform": _uniform,
 }

@@ -9,16 +9,16 @@ Weights come as functions, so that one dense float64 matrix is in memory at a ti
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .allocation import LayerShape, allocate_ranks
 from .decompositions import DECOMPOSITIONS, Factors
-from .errors import LoraSVDError, NumericalError, in_module
+from .errors import LoraSVDError, NumericalError, in_module, warn_numerical
 from .importance import IMPORTANCES
 from .linalg import Metrics, non_finite, shrink
 from .statistics import STATISTICS, LayerStatistics
@@ -39,7 +39,7 @@ class CompressionSettings:
 
     @classmethod
     def of(cls, config: object) -> CompressionSettings:
-        """Those among the fields of a ``LoraSVDConfig``."""
+        """The choices that a ``LoraSVDConfig`` makes."""
         return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
 
@@ -61,7 +61,7 @@ class LayerInput:
 
 
 def layer_metrics(name: str, layer: LayerInput, settings: CompressionSettings) -> Metrics:
-    """The row and column metric of one layer, shrunk so that the factorization is well posed.
+    """The row and column metric of one layer, shrunk so that the factorization is well posed; zero stays zero.
 
     Raises:
         LoraSVDError: the layer was never observed.
@@ -82,36 +82,40 @@ def layer_metrics(name: str, layer: LayerInput, settings: CompressionSettings) -
                 f"{name}: {statistic} has {bad}; a batch gave a non-finite loss or gradient. Lower the learning rate, "
                 "or train in float32 or bfloat16"
             )
-    metrics = importance.metrics(seen)
-    sides = (("row", metrics.row, "gradients"), ("column", metrics.column, "inputs"))
-    for side, metric, of in (*sides, ("element", metrics.elements, "gradients")):
-        if metric is not None and not bool(metric.any()):
-            warnings.warn(
-                f"{name}: its {of} were zero in every observed step, so all {side}s count alike; leave it out with "
-                "exclude_modules if it has no part in the loss, or observe text that it works on",
-                stacklevel=2,
+    with in_module(name):
+        metrics = importance.metrics(seen)
+        if zero := metrics.zero:
+            dead = [statistic for statistic in importance.statistics if not bool(seen.sums[statistic].any())]
+            warn_numerical(
+                f"{', '.join(dead or zero)} was zero in every observed step, so that no error in this layer costs "
+                "anything: allocation='global' gives it the least rank. Observe text that it works on, or leave it as "
+                f"it is: exclude_modules={[name]}"
             )
-    return Metrics(
-        row=shrink(metrics.row, settings.row_shrinkage, settings.correlation_shrinkage),
-        column=shrink(metrics.column, settings.column_shrinkage),
-        elements=None if metrics.elements is None else _shrunk_elements(metrics.elements, settings.row_shrinkage),
-    )
+        return Metrics(
+            row=shrink(metrics.row, settings.row_shrinkage, settings.correlation_shrinkage),
+            column=shrink(metrics.column, settings.column_shrinkage),
+            elements=None if metrics.elements is None else _shrunk_elements(metrics.elements, settings.row_shrinkage),
+        )
 
 
 def _shrunk_elements(elements: Tensor, amount: float) -> Tensor:
-    shrunk = shrink(elements.flatten(), amount)
-    assert shrunk is not None
-    return shrunk.view_as(elements)
+    return shrink(elements.flatten(), amount).view_as(elements)
 
 
 def compute_spectra(layers: Mapping[str, LayerInput], settings: CompressionSettings) -> dict[str, Tensor]:
-    """Squared singular values of every weight in its metrics, by layer."""
-    decomposition = DECOMPOSITIONS[settings.decomposition]
+    """Squared singular values of every weight in its metrics, by layer; zero where no error costs anything."""
     spectra = {}
     for name, layer in _progress(layers, "spectra"):
         with in_module(name):
-            spectra[name] = decomposition.spectrum(layer.weight(), layer_metrics(name, layer, settings))
+            spectra[name] = _spectrum(name, layer, settings)
     return spectra
+
+
+def _spectrum(name: str, layer: LayerInput, settings: CompressionSettings) -> Tensor:
+    metrics = layer_metrics(name, layer, settings)
+    if metrics.zero:
+        return torch.zeros(layer.shape.full_rank, dtype=torch.float64)
+    return DECOMPOSITIONS[settings.decomposition].spectrum(layer.weight(), metrics)
 
 
 def choose_ranks(
@@ -142,12 +146,12 @@ def factorize(
 
 
 def _factorize_layer(name: str, layer: LayerInput, rank: int, settings: CompressionSettings) -> Factors | None:
-    """In a function of its own, so that nothing of a layer is left in memory when the next one begins."""
+    """A separate function, so that a layer's tensors are freed before the next one starts."""
     if layer.trained is None and rank >= layer.shape.full_rank:
         return None
     if layer.trained is not None and rank == layer.trained.rank:
         return layer.trained
-    metrics = layer_metrics(name, layer, settings)
+    metrics = layer_metrics(name, layer, settings).definite
     weight = trained_weight(layer, metrics, settings)
     return DECOMPOSITIONS[settings.decomposition].factorize(weight, metrics, rank)
 
@@ -167,7 +171,7 @@ def absorb(name: str, layer: LayerInput, factors: Factors, bypass: Factors, sett
     if not (bool(bypass.left.any()) and bool(bypass.right.any())):
         return factors
     with in_module(name):
-        metrics = layer_metrics(name, layer, settings)
+        metrics = layer_metrics(name, layer, settings).definite
         return DECOMPOSITIONS[settings.decomposition].absorb(factors, bypass, metrics)
 
 

@@ -1,12 +1,9 @@
-"""``LoraSVDConfig``: every choice of a run. JSON-plain values only."""
+"""``LoraSVDConfig``: every choice of a run, and the checks of its values. JSON-plain values only."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from types import UnionType
+import enum
+from dataclasses import dataclass
 from typing import Any
 
 from peft.config import PeftConfig
@@ -15,52 +12,53 @@ from .allocation import ALLOCATIONS, FACTOR_FORMATS
 from .decompositions import DECOMPOSITIONS
 from .errors import LoraSVDError
 from .importance import IMPORTANCES
-from .peft_type import LORA_SVD
+from .options import (
+    COUNT,
+    POSITIVE,
+    REAL,
+    SHARE,
+    by_module,
+    check_options,
+    flag,
+    layer_indices,
+    module_names,
+    number,
+    one_of,
+    option,
+    optional,
+)
 
 COMPENSATIONS = ("absorb", "keep")
-STATISTICS_DEVICES = (None, "cpu")
+PREFIX = "lora_svd_"
 
 
-@dataclass(frozen=True)
-class _Number:
-    """A kind of number: neither a bool nor infinite, and accepted by ``accept``."""
+class LoraSVDPeftType(enum.StrEnum):
+    """The name under which PEFT knows this tuner.
 
-    type: type | UnionType
-    accept: Callable[[Any], bool]
-    expected: str
+    PEFT's own enum cannot be extended from outside. A string enum whose name equals its value hashes and compares like
+    the string, so that the raw JSON value finds it, has the ``.value`` that transformers reads, and pickles by
+    reference to this package, which registers the tuner when it is unpickled.
+    """
 
-    def check(self, name: str, value: Any) -> None:
-        """Raise unless ``value`` is one; ``name`` says of what it is the value."""
-        is_number = isinstance(value, self.type) and not isinstance(value, bool)
-        if not (is_number and abs(value) < math.inf and self.accept(value)):
-            raise LoraSVDError(f"{name}: got {value!r}, expected {self.expected}")
+    LORA_SVD = "LORA_SVD"
 
 
-_REAL = int | float
-_COUNT = _Number(int, lambda x: x >= 1, "a positive integer")
-_POSITIVE = _Number(_REAL, lambda x: x > 0, "a positive number")
-_SHARE = _Number(_REAL, lambda x: 0 <= x <= 1, "a number in [0, 1]")
-_PHASE = _Number(_REAL, lambda x: x >= 0, "a fraction of the run or steps, >= 0")
-_RATIO = _Number(_REAL, lambda x: 0 < x <= 1, "a number in (0, 1], the share of the targeted parameters that is kept")
-_NUMBERS = {
-    "param_ratio": _RATIO,
-    "observed_tokens": _Number(_REAL, lambda x: 0 < x <= 1, "a number in (0, 1], the share of tokens that is observed"),
-    "lora_alpha": _POSITIVE,
-    **dict.fromkeys(("r", "compression_interval", "rank_multiple"), _COUNT),
-    **dict.fromkeys(("warmup", "compression"), _PHASE),
-    **dict.fromkeys(("row_shrinkage", "column_shrinkage", "correlation_shrinkage"), _SHARE),
-    **dict.fromkeys(("lora_dropout", "distillation"), _SHARE),
-}
+LORA_SVD = LoraSVDPeftType.LORA_SVD
+
+
+RATIO = number(REAL, lambda x: 0 < x <= 1, "a number in (0, 1], the share of the targeted parameters that is kept")
+_PHASE = number(REAL, lambda x: x >= 0, "a fraction of the run or steps, >= 0")
+_TOKENS = number(REAL, lambda x: 0 < x <= 1, "a number in (0, 1], the share of tokens that is observed")
 
 
 def check_param_ratio(value: Any) -> None:
     """Raise unless ``value`` is a share of parameters to keep."""
-    _RATIO.check("param_ratio", value)
+    RATIO("param_ratio", value)
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with the help text that HfArgumentParser shows."""
-    return field(default=default, metadata={"help": help})
+def _device(name: str, value: Any) -> None:
+    if value not in (None, "cpu"):
+        raise LoraSVDError(f"{name}: got {value!r}, expected 'cpu' or None")
 
 
 @dataclass
@@ -75,93 +73,143 @@ class LoraSVDConfig(PeftConfig):
     observed), *compression* (its budget falls to the target; 0 = at once) and *recovery* (the rest: the bypass
     compensates for what was cut). ``warmup`` and ``compression`` are fractions of the run below 1, steps from 1 on.
 
-    Measured (SmolLM2-135M, 60 steps of 2,048 tokens of WikiText-2, param_ratio 0.6, one seed or three; perplexity in
-    multiples of the dense model's on WikiText-2 / on C4, which nothing saw): the defaults 1.25 / 2.96;
-    ``train_factors=True, distillation=0.5, observed_tokens=1.0`` 1.20 / 2.41 (at 0.8: 0.85 / 1.23), for more memory and
-    time, and not for a model whose head is new: its teacher is the model without adapters. Those with
-    ``importance="kronecker"`` besides 1.19 / 2.39 (0.85 / 1.21), with ``"lora_diagonal"``, for a third of the
-    statistics, 1.28 / 2.51 (0.87 / 1.25). See ``recipes/benchmarks/README.md``.
+    Quality, time and memory of the choices are measured in ``benchmarks/README.md``: ``train_factors=True,
+    distillation=0.5, observed_tokens=1.0`` is better than the defaults, for more memory and time, but not for a model
+    whose head is new, since the teacher is the model without adapters; ``importance="kronecker"`` is a little better
+    still, ``"lora_diagonal"`` needs a third of the statistics.
 
     Raises:
         LoraSVDError: a value that is out of range or unknown, with the field, the value and what is valid.
     """
 
-    param_ratio: float = option(0.8, "Parameters kept / original parameters of the targeted linear layers, in (0, 1].")
-    importance: str = option("lora_activation", f"What an error costs: {', '.join(IMPORTANCES)}.")
-    allocation: str = option("global", "'global': one budget for all layers; 'uniform': the same share of each layer.")
+    param_ratio: float = option(
+        0.8, "Parameters kept / original parameters of the targeted linear layers, in (0, 1].", check=RATIO
+    )
+    importance: str = option(
+        "lora_activation", f"What an error costs: {', '.join(IMPORTANCES)}.", check=one_of(IMPORTANCES)
+    )
+    allocation: str = option(
+        "global",
+        "'global': one budget for all layers; 'uniform': the same share of each layer.",
+        check=one_of(ALLOCATIONS),
+    )
     decomposition: str = option(
         "svd",
         f"Form of the compact weight: {', '.join(DECOMPOSITIONS)}. 'kronecker': a sum of Kronecker products of "
         "matrices, with factor_format='factors'; 'elementwise': low rank, with importance='fisher_elementwise'.",
+        check=one_of(DECOMPOSITIONS),
     )
     factor_format: str = option(
-        "pivoted", "How rank k is stored: 'pivoted' in k(m+n)-k^2 numbers, 'factors' as two matrices in k(m+n), faster."
+        "pivoted",
+        "How rank k is stored: 'pivoted' in k(m+n)-k^2 numbers, 'factors' as two matrices in k(m+n), faster.",
+        check=one_of(FACTOR_FORMATS),
     )
     compensation: str = option(
-        "absorb", "At merge the bypass is folded into the rank-k factors ('absorb') or stored as r more ranks ('keep')."
+        "absorb",
+        "At merge the bypass is folded into the rank-k factors ('absorb') or stored as r more ranks ('keep').",
+        check=one_of(COMPENSATIONS),
     )
     compact_ranks: dict[str, int] | None = option(
         None,
-        "Rank by module name; the full one = dense. Filled by the tuner when it compresses; given, it is used as is.",
+        "Rank by module name; the full one = dense. Filled by the tuner when it compresses; if set, it is used as is.",
+        check=optional(by_module(COUNT)),
     )
     compressed: bool = option(
-        False, "Whether this adapter holds factors at compact_ranks. Set by the tuner together with compact_ranks."
+        False,
+        "Whether this adapter holds factors at compact_ranks. Set by the tuner together with compact_ranks.",
+        check=flag,
     )
-    warmup: float = option(0.4, "Full-size, observed part of the run: a fraction below 1, else steps.")
-    compression: float = option(0.0, "Part of the run over which the budget falls on a cubic; 0 = in one step.")
-    compression_interval: int = option(10, "Steps between two factorizations while the budget falls.")
-    total_steps: int | None = option(None, "Optimizer steps of the run, for hand-written loops. Trainer knows it.")
+    warmup: float = option(0.4, "Full-size, observed part of the run: a fraction below 1, else steps.", check=_PHASE)
+    compression: float = option(
+        0.0, "Part of the run over which the budget falls on a cubic; 0 = in one step.", check=_PHASE
+    )
+    compression_interval: int = option(10, "Steps between two factorizations while the budget falls.", check=COUNT)
+    total_steps: int | None = option(
+        None, "Optimizer steps of the run, for hand-written loops. Trainer knows it.", check=optional(COUNT)
+    )
     distillation: float = option(
-        0.0, "Share of KL(model with adapters off || compressed model) in the loss of the recovery, in [0, 1]."
+        0.0,
+        "Share of KL(model with adapters off || compressed model) in the loss of the recovery, in [0, 1].",
+        check=SHARE,
     )
     train_factors: bool = option(
-        False, "Train the factors as well in the recovery: better, at the optimizer memory of the kept parameters."
+        False,
+        "Train the factors as well in the recovery: better, at the optimizer memory of the kept parameters.",
+        check=flag,
     )
-    rank_multiple: int = option(8, "Kept ranks are multiples of this, which is what fast kernels want.")
+    rank_multiple: int = option(8, "Kept ranks are multiples of this, which is what fast kernels want.", check=COUNT)
     row_shrinkage: float = option(
-        1e-2, "Shrinkage of the row metric, or of weights of elements, towards its mean, relative, in [0, 1]."
+        1e-2,
+        "Shrinkage of the row metric, or of weights of elements, towards its mean, relative, in [0, 1].",
+        check=SHARE,
     )
-    correlation_shrinkage: float = option(0.3, "Shrinkage of a full row metric towards its diagonal, in [0, 1].")
-    column_shrinkage: float = option(1e-2, "Shrinkage of the column metric towards its mean, relative, in [0, 1].")
+    correlation_shrinkage: float = option(
+        0.3, "Shrinkage of a full row metric towards its diagonal, in [0, 1].", check=SHARE
+    )
+    column_shrinkage: float = option(
+        1e-2, "Shrinkage of the column metric towards its mean, relative, in [0, 1].", check=SHARE
+    )
 
     observed_tokens: float = option(
-        0.5, "Share of the tokens of a batch whose Gram matrices are taken, in (0, 1]; at least 512, or all."
+        0.5,
+        "Share of the tokens of a batch whose Gram matrices are taken, in (0, 1]; at least 512, or all.",
+        check=_TOKENS,
     )
     statistics_limit: int | None = option(
         None,
         "Bytes that the statistics of all layers may take in one process; where Gram matrices do not fit, the widest "
         "layers keep sketches of them, named in a warning. None: no limit.",
+        check=optional(COUNT),
     )
-    statistics_device: str | None = option(None, "Where statistics are kept: 'cpu', or None for where the layer is.")
+    statistics_device: str | None = option(
+        None, "Where statistics are kept: 'cpu', or None for where the layer is.", check=_device
+    )
 
-    r: int = option(16, "Rank of the LoRA bypass.")
-    lora_alpha: int = option(16, "The bypass is scaled by lora_alpha / r.")
-    lora_dropout: float = option(0.0, "Dropout in front of the bypass.")
+    r: int = option(16, "Rank of the LoRA bypass.", check=COUNT)
+    lora_alpha: int = option(16, "The bypass is scaled by lora_alpha / r.", check=POSITIVE)
+    lora_dropout: float = option(0.0, "Dropout in front of the bypass.", check=SHARE)
     target_modules: list[str] | str | None = option(
         "all-linear",
         "Names, or a regular expression, of the linear layers and embeddings to compress; 'all-linear' = all linear "
         "layers but the output layer.",
+        check=optional(module_names()),
     )
-    exclude_modules: list[str] | str | None = option(None, "Names, or a regular expression, of modules to leave alone.")
-    rank_pattern: dict[str, int] | None = option(None, "r by module name or regular expression, instead of r.")
-    alpha_pattern: dict[str, int] | None = option(None, "lora_alpha by module name or regular expression.")
-    layers_to_transform: list[int] | int | None = option(None, "Indices of the layers to transform.")
-    layers_pattern: list[str] | str | None = option(None, "Name of the layer list layers_to_transform indexes.")
-    modules_to_save: list[str] | None = option(None, "Further modules to train and save, such as a task head.")
-    bias: str = option("none", "Biases to train: 'none', 'all' or 'lora_svd_only'.")
-    init_weights: bool = option(True, "True: the bypass starts at zero (B = 0). False: B is random, for tests.")
+    exclude_modules: list[str] | str | None = option(
+        None, "Names, or a regular expression, of modules to leave alone.", check=optional(module_names())
+    )
+    rank_pattern: dict[str, int] | None = option(
+        None, "r by module name or regular expression, instead of r.", check=optional(by_module(COUNT, patterns=True))
+    )
+    alpha_pattern: dict[str, int] | None = option(
+        None, "lora_alpha by module name or regular expression.", check=optional(by_module(POSITIVE, patterns=True))
+    )
+    layers_to_transform: list[int] | int | None = option(
+        None, "Indices of the layers to transform.", check=optional(layer_indices)
+    )
+    layers_pattern: list[str] | str | None = option(
+        None, "Name of the layer list layers_to_transform indexes.", check=optional(module_names(patterns=True))
+    )
+    modules_to_save: list[str] | None = option(
+        None,
+        "Further modules to train and save, such as a task head.",
+        check=optional(module_names(text=False, patterns=True)),
+    )
+    bias: str = option(
+        "none", "Biases to train: 'none', 'all' or 'lora_svd_only'.", check=one_of(("none", "all", "lora_svd_only"))
+    )
+    init_weights: bool = option(
+        True, "True: the bypass starts at zero (B = 0). False: B is random, for tests.", check=flag
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LORA_SVD
-        self._check_choices()
+        check_options(self)
         self._check_combination()
-        self._check_numbers()
-        self._check_names()
         self._check_layers()
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(given := getattr(self, name), list | tuple):
-                setattr(self, name, set(given))  # as PEFT does
+            if isinstance(names := getattr(self, name), list | tuple):
+                setattr(self, name, set(names))  # as PEFT does
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
 
@@ -169,24 +217,6 @@ class LoraSVDConfig(PeftConfig):
     def trains_factors(self) -> bool:
         """Whether factors are trained: asked for, and the adapter is not loaded for inference."""
         return self.train_factors and not self.inference_mode
-
-    def _check_choices(self) -> None:
-        for name, valid in (
-            ("importance", IMPORTANCES),
-            ("allocation", ALLOCATIONS),
-            ("decomposition", DECOMPOSITIONS),
-            ("factor_format", FACTOR_FORMATS),
-            ("compensation", COMPENSATIONS),
-            ("bias", ("none", "all", "lora_svd_only")),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, str) or value not in valid:
-                raise LoraSVDError(f"{name}: unknown value {value!r}, expected one of {sorted(valid)}")
-        if self.statistics_device not in STATISTICS_DEVICES:
-            raise LoraSVDError(f"statistics_device: got {self.statistics_device!r}, expected 'cpu' or None")
-        for name in ("compressed", "train_factors", "init_weights"):
-            if not isinstance(getattr(self, name), bool):
-                raise LoraSVDError(f"{name}: got {getattr(self, name)!r}, expected True or False")
 
     def _check_combination(self) -> None:
         """Raise if the form of the weight does not go with the importance, or with what else is stored of it."""
@@ -210,45 +240,8 @@ class LoraSVDConfig(PeftConfig):
                     f"{valid!r}: {reason}"
                 )
 
-    def _check_numbers(self) -> None:
-        for name, number in _NUMBERS.items():
-            number.check(name, getattr(self, name))
-        for name in ("total_steps", "statistics_limit"):
-            if getattr(self, name) is not None:
-                _COUNT.check(name, getattr(self, name))
-        by_module = {"rank_pattern": _COUNT, "alpha_pattern": _POSITIVE, "compact_ranks": _COUNT}
-        for name, number in by_module.items():
-            given = {} if getattr(self, name) is None else getattr(self, name)
-            if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
-                raise LoraSVDError(f"{name}: got {given!r}, expected a dictionary with names of modules as keys")
-            for key, value in given.items():
-                number.check(f"{name}: {key}", value)
-
-    def _check_names(self) -> None:
-        """Fields that name modules: their types, and whether what PEFT reads as regular expressions are some."""
-        for name, may_be_text in (
-            ("target_modules", True),
-            ("exclude_modules", True),
-            ("layers_pattern", True),
-            ("modules_to_save", False),
-        ):
-            given = getattr(self, name)
-            is_list = isinstance(given, list | tuple | set) and all(isinstance(entry, str) for entry in given)
-            if not (given is None or is_list or (may_be_text and isinstance(given, str))):
-                names = "names in a list or a regular expression" if may_be_text else "names in a list"
-                raise LoraSVDError(f"{name}: got {given!r}, expected {names}")
-            if isinstance(given, str):
-                _check_regex(name, given)
-        for name in ("layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern"):
-            for entry in getattr(self, name) or ():
-                _check_regex(name, entry)
-
     def _check_layers(self) -> None:
-        indices = self.layers_to_transform if isinstance(self.layers_to_transform, list) else [self.layers_to_transform]
-        if indices != [None] and not all(type(index) is int and index >= 0 for index in indices):
-            raise LoraSVDError(
-                f"layers_to_transform: got {self.layers_to_transform!r}, expected an index >= 0 or a list of them"
-            )
+        """Raise if the fields that choose layers do not go together; PEFT's own messages."""
         # "all-linear" stands for a list of names and is no regular expression.
         is_regex = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
         if is_regex and self.layers_to_transform is not None:
@@ -259,10 +252,3 @@ class LoraSVDConfig(PeftConfig):
             raise LoraSVDError("`layers_pattern` cannot be used when `target_modules` is a str: name them in a list")
         if self.layers_pattern and self.layers_to_transform is None:
             raise LoraSVDError("When `layers_pattern` is specified, `layers_to_transform` must also be specified")
-
-
-def _check_regex(name: str, text: str) -> None:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise LoraSVDError(f"{name}: got {text!r}, expected a regular expression: {error}") from error

@@ -1,15 +1,16 @@
-"""Makes PEFT and transformers know this package, through tables that are not part of their public interface."""
+"""Registration with PEFT and transformers, through tables that are not part of their public interface."""
 
 from typing import Any
 
 from peft import mapping
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from .compact import LoraSVDCompactConfig, LoraSVDCompactQuantizer
-from .config import LoraSVDConfig
+from .compact.description import LoraSVDCompactConfig
+from .compact.loader import LoraSVDCompactQuantizer
+from .compact.patches import patch_models
+from .config import LORA_SVD, PREFIX, LoraSVDConfig
 from .errors import LoraSVDError
-from .model import LoraSVDModel
-from .peft_type import LORA_SVD, PREFIX
+from .tuner.model import LoraSVDModel
 
 
 def register() -> None:
@@ -31,3 +32,4 @@ def register() -> None:
             raise LoraSVDError(
                 f"{key}: {table[key]} has registered this name before; import only one of the two packages"
             )
+    patch_models()

@@ -29,20 +29,21 @@ class Schedule:
     param_ratio: float
     interval: int = 1
 
-    def budget(self, step: int, *, compressed: bool = True) -> float | None:
-        """The param_ratio to factorize to at this step, or None where nothing is to be done.
+    def budget(self, step: int) -> float | None:
+        """The ``param_ratio`` that the model is to have once this step's gradients are observed; None: its full size.
 
-        What was missed is made up for: a run that is resumed with a shorter schedule may be past the factorization and
-        not ``compressed``. During compression ``target + (1 - target) (1 - t)^3`` with t in (0, 1] the share of the
-        phase that is over (Zhu and Gupta 2017; LoRAPrune uses the same cubic).
+        A larger model is cut, at whatever step it is found: a run that is resumed with a shorter schedule may be past
+        the factorization. A smaller one is not grown back. During compression ``target + (1 - target) (1 - t)^3``, in
+        force for ``interval`` steps, with t in (0, 1] the share of the phase that is over (Zhu and Gupta 2017; also
+        LoRAPrune's).
         """
         first, last = self.warmup_end - 1, max(self.compression_end - 1, self.warmup_end - 1)
-        passed = step > last or (step < last and (step - first) % self.interval)
-        if step < first or (passed and compressed):
+        if step < first:
             return None
         if step >= last:
             return self.param_ratio
-        done = (step - first + 1) / (last - first + 1)
+        since = (step - first) // self.interval * self.interval
+        done = (since + 1) / (last - first + 1)
         return self.param_ratio + (1 - self.param_ratio) * (1 - done) ** 3
 
 

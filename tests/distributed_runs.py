@@ -31,9 +31,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import BitsAndBytesConfig, Trainer, TrainerCallback
 
-from lora_svd import LoraSVDCallback, LoraSVDError, NumericalError, phases
-from lora_svd.recipe import read_recipe
-from lora_svd.run import compress
+from lora_svd import LoraSVDCallback, LoraSVDError, NumericalError
+from lora_svd.cli.compress import compress
+from lora_svd.cli.recipe import read_recipe
+from lora_svd.tuner import run as runs
 
 # The first query sees one key, so that its gradient is zero, and a token is observed where it is not: fused attention
 # leaves rounding errors there, which depend on the batch and on the CPU, and Adam makes steps of them.
@@ -113,7 +114,7 @@ def killed_in_warmup(folder: Path) -> PeftModel:
 
 
 def killed_while_factorizing(folder: Path, **options: Any) -> PeftModel:
-    phases.compute_spectra = lambda *_: kill(rank=1) or {}
+    runs.compute_spectra = lambda *_: kill(rank=1) or {}
     return train(folder, **options)
 
 
@@ -177,14 +178,14 @@ class SaveLater(TrainerCallback):
 
 def failing_layer(folder: Path) -> None:
     """A layer of process 1 cannot be factorized."""
-    compute_spectra = phases.compute_spectra
+    compute_spectra = runs.compute_spectra
 
     def fails(*args: Any) -> dict[str, torch.Tensor]:
         if dist.get_rank() == 1:
             raise NumericalError("a layer of process 1")
         return compute_spectra(*args)
 
-    phases.compute_spectra = fails
+    runs.compute_spectra = fails
     prepare(folder, wrap(warmup=1), save_strategy="no").train()
 
 

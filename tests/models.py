@@ -80,6 +80,18 @@ def _opt(**changes: Any) -> tf.OPTConfig:
     return tf.OPTConfig(**sizes, ffn_dim=48, num_attention_heads=4, max_position_embeddings=32, **TOKENS, **changes)
 
 
+def _falcon(**changes: Any) -> tf.FalconConfig:
+    """Its linear layers are of a class with a forward of its own."""
+    sizes = {name: size for name, size in SIZES.items() if name != "intermediate_size"}
+    return tf.FalconConfig(**sizes, ffn_hidden_size=48, alibi=False, bias=True, **TOKENS, **changes)
+
+
+def _funnel(**changes: Any) -> tf.FunnelConfig:
+    """Initializes whatever has "Linear" in the name of its class by the shape of its weight."""
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 48}
+    return tf.FunnelConfig(**sizes, block_sizes=[1, 1], num_labels=LABELS, **changes)
+
+
 def _mamba(**changes: Any) -> tf.MambaConfig:
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4}
     return tf.MambaConfig(**sizes, **TOKENS, **changes)
@@ -175,6 +187,7 @@ ARCHITECTURES = {
     "gpt2": Architecture(_gpt2, tf.GPT2LMHeadModel),
     "gpt_neox": Architecture(_gpt_neox, tf.GPTNeoXForCausalLM),
     "opt": Architecture(_opt, tf.OPTForCausalLM),
+    "falcon": Architecture(_falcon, tf.FalconForCausalLM),
     "mamba": Architecture(_mamba, tf.MambaForCausalLM, settings={"exclude_modules": ["dt_proj"]}),
     "t5": Architecture(_t5, tf.T5ForConditionalGeneration),
     "bart": Architecture(_encoder_decoder(tf.BartConfig), tf.BartForConditionalGeneration),
@@ -183,6 +196,7 @@ ARCHITECTURES = {
     ),
     "bert": Architecture(_bert, tf.BertForSequenceClassification, _classify_text),
     "deberta": Architecture(_deberta, tf.DebertaV2ForSequenceClassification, _classify_text),
+    "funnel": Architecture(_funnel, tf.FunnelForSequenceClassification, _classify_text),
     "vit": Architecture(_vit, tf.ViTForImageClassification, _classify_images),
     "clip": Architecture(_clip, CLIP, _captions),
 }

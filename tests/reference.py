@@ -122,19 +122,23 @@ def cubic(done, target):
 
 
 def token_statistics(pairs):
-    """Means over the tokens whose gradient is not zero. pairs: [(x, g)], one a micro-batch."""
+    """Means over the tokens whose gradient is not zero, up to rounding, which a softmax over one key, at the first
+    token, leaves or not. pairs: [(x, g)], one a micro-batch."""
+    zero = 1e-12 * max(float(g.abs().max()) for _, g in pairs)
     tokens = [
         (x_t.double(), g_t.double())
         for x, g in pairs
         for x_t, g_t in zip(x.flatten(0, -2), g.flatten(0, -2), strict=True)
-        if g_t.abs().max() > 0
+        if g_t.abs().max() > zero
     ]
     count = len(tokens)
     return {
         "count": count,
         "input_gram": sum(torch.outer(x, x) for x, _ in tokens) / count,
         "input_abs": sum(x.abs() for x, _ in tokens) / count,
-        "output_gram": sum(torch.outer(g, g) for _, g in tokens) / count,
+        "input_sum": sum(x for x, _ in tokens) / count,
+        "output_gram": (output := sum(torch.outer(g, g) for _, g in tokens) / count),
+        "signed_output_gram": output,  # of so few tokens each stands alone
         "output_square": sum(g.square() for _, g in tokens) / count,
     }
 
@@ -175,32 +179,15 @@ def projected_gradient(G, A, B):
     return P_B @ G + G @ P_A - P_B @ G @ P_A
 
 
-def sensitivity_rows(G, W, A, B):
-    """J_i = sum_j ( G_ij ((BA)_ij + w_ij) )^2."""
+def sensitivity_rows(G, W, A, B, s):
+    """J_i = sum_j ( G_ij (w_ij + s (BA)_ij) )^2."""
     return torch.stack(
-        [sum((G[i, j] * (B[i] @ A[:, j] + W[i, j])) ** 2 for j in range(len(W.T))) for i in range(len(W))]
+        [sum((G[i, j] * (W[i, j] + s * B[i] @ A[:, j])) ** 2 for j in range(len(W.T))) for i in range(len(W))]
     )
 
 
-def gradient_rows(dB, A, X, s):
-    """c_i = (dB (A X A^T)^-1 dB^T)_ii / (s^2 r)."""
-    return (dB @ torch.linalg.inv(A @ X @ A.T) @ dB.T).diagonal() / (s**2 * len(A))
-
-
-def lora_gradient_gram(pairs, A):
-    """Mean over tokens of ``sum over segments of D D^T``, D = sum_t g_t z_t^T, z_t = R^-1 A x_t of length 1,
-    R R^T = ``sum_t A x_t (A x_t)^T`` and a ridge of 1e-9 of its mean. A segment is one of every n tokens, the least n
-    that makes it at most 4 r tokens. pairs: [(x, g)], one a micro-batch.
-    """
-    total, count, r = 0, 0, len(A)
-    for x, g in pairs:
-        x, g = x.double().flatten(0, -2), g.double().flatten(0, -2)
-        seen = g.abs().amax(1) > 0
-        h = x @ A.double().T * seen[:, None]
-        M = h.T @ h
-        z = h @ torch.linalg.inv(torch.linalg.cholesky(M + 1e-9 * M.diagonal().mean() * torch.eye(r))).T
-        z[seen] /= z[seen].norm(dim=1, keepdim=True)
-        n = -(-len(z) // (4 * r))
-        total = total + sum(D @ D.T for D in (g[i::n].T @ z[i::n] for i in range(n)))
-        count += int(seen.sum())
-    return total / count
+def gradient_rows(dB, A, X, mean, s):
+    """c_i = (dB Q dB^T)_ii / (s^2 (r - 1)), Q = M^-1 - M^-1 m m^T M^-1 / (m^T M^-1 m), M = A X A^T, m = A E[x]."""
+    inverse, m = torch.linalg.inv(A @ X @ A.T), A @ mean
+    Q = inverse - torch.outer(inverse @ m, inverse @ m) / (m @ inverse @ m)
+    return (dB @ Q @ dB.T).diagonal() / (s**2 * (len(A) - 1))

@@ -167,7 +167,7 @@ def test_half_precision_base(dtype: torch.dtype, tmp_path: Path) -> None:
     again = PeftModel.from_pretrained(base_of(dtype), tmp_path / "adapter")
     for tuned, expected in ((model, dtype), (again, torch.float32)):
         layer = tuned.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
-        assert layer.lora_svd_A["default"].dtype == torch.float32
+        assert layer.adapter("default").A.dtype == torch.float32
         factors = layer.factors("default")
         assert (factors.left.dtype, factors.right.dtype) == (expected, expected)
     assert torch.equal(logits(again), logits(model))
@@ -229,7 +229,7 @@ def test_config_of_a_compressed_adapter_is_no_adapter(tmp_path: Path) -> None:
     config = LoraSVDConfig.from_pretrained(tmp_path / "adapter")
     config.inference_mode = False
     model = get_peft_model(LLAMA.build(), config)
-    with pytest.raises(LoraSVDError, match="compressed: got True for adapter default, all of whose factors are zero"):
+    with pytest.raises(LoraSVDError, match="compressed: got True for an adapter whose factors are all zero"):
         make_trainer(model, tmp_path / "again").train()
 
 

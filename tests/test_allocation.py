@@ -145,9 +145,9 @@ def test_global_leaves_less_than_a_rounding_step(problem):
         return
     ranks = allocate(layers, chosen)
     kept, error = measure(layers, ranks, chosen["factor_format"])
-    if error > 0:  # with no error left, a larger rank would be waste
+    if error > 0:  # with no error left, a larger rank would be waste, as is one that gains nothing
         for rank, curve in zip(ranks.values(), curves, strict=True):
-            larger = [cost for cost, _ in curve.values() if cost > curve[rank][0]]
+            larger = [cost for cost, left in curve.values() if cost > curve[rank][0] and left < curve[rank][1]]
             assert kept - curve[rank][0] + min(larger, default=float("inf")) > budget
 
 

@@ -16,12 +16,20 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_svd import LoraSVDError, NumericalError, analysis, weights
-from lora_svd.analysis import analyze_layer, depth_and_projection, feature_spectrum, summarize_entries, weight_spectrum
-from lora_svd.analyze import analyze_adapter, analyze_folder, analyze_model
-from lora_svd.compact import LowRankLinear, dense_weight
+from lora_svd import LoraSVDError, NumericalError
+from lora_svd.analysis import summary as analysis
+from lora_svd.analysis.models import analyze_adapter, analyze_folder, analyze_model
+from lora_svd.analysis.summary import (
+    analyze_layer,
+    depth_and_projection,
+    feature_spectrum,
+    summarize_entries,
+    weight_spectrum,
+)
+from lora_svd.analysis.weights import folder_weights, model_weights
+from lora_svd.compact import LowRankLinear, tensors
+from lora_svd.compact.convert import dense_weight
 from lora_svd.compression import compute_spectra
-from lora_svd.weights import folder_weights, model_weights
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # bitsandbytes quantizes rows of 32 numbers badly
 NF4 = tf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
@@ -219,7 +227,7 @@ class TestModels:
         LLAMA.build().save_pretrained(tmp_path / "dense")
         model = LLAMA.model.from_pretrained(tmp_path / "dense", quantization_config=NF4)
         model.save_pretrained(tmp_path / "nf4")
-        monkeypatch.setattr(weights, "find_spec", lambda _: None)
+        monkeypatch.setattr(tensors, "find_spec", lambda _: None)
         with pytest.raises(LoraSVDError, match="in 4 bit by bitsandbytes, which is missing; pip install bitsandbytes"):
             analyze_folder(tmp_path / "nf4")
 
@@ -300,8 +308,8 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
     sizes = {**SIZES, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 12}
     tf.LlamaForCausalLM(tf.LlamaConfig(**sizes)).save_pretrained(tmp_path)
     monitor = LiveBytes()
-    read = weights.Tensors._read
-    monkeypatch.setattr(weights.Tensors, "_read", lambda *args: monitor.see(read(*args)))
+    read = tensors.Tensors._read
+    monkeypatch.setattr(tensors.Tensors, "_read", lambda *args: monitor.see(read(*args)))
     with monitor:
         found = analyze_folder(tmp_path)
     largest = max(math.prod(layer.shape) for layer in found.values()) * 8
@@ -316,7 +324,8 @@ class TestAdapter:
     def test_features_and_weighted_spectra(self, tmp_path: Path, importance: str):
         model = trained(tmp_path, importance=importance)
         found = analyze_adapter(model)
-        layers, inputs, chosen = model.base_model._pipeline("default")
+        run = model.base_model.run()
+        layers, inputs, chosen = run.layers, run.inputs(), run.settings
         assert found.keys() == layers.keys() == model_weights(LLAMA.build()).keys()
         dense = analyze_model(LLAMA.build())
         energies = compute_spectra(inputs, chosen)

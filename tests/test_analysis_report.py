@@ -10,9 +10,9 @@ import pytest
 from models import ARCHITECTURES, LLAMA, trained
 from PIL import Image
 
-from lora_svd.analysis import by_projection
-from lora_svd.analyze import analyze_folder
-from lora_svd.cli import main
+from lora_svd.analysis.models import analyze_folder
+from lora_svd.analysis.summary import by_projection
+from lora_svd_command import main
 
 NUM_LAYERS = 14
 

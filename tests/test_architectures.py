@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,11 @@ import torch.nn.functional as F
 import transformers as tf
 from models import (
     ARCHITECTURES,
+    LABELS,
     LLAMA,
+    SIZES,
+    TOKENS,
+    VISION,
     Architecture,
     assert_bit_equal,
     assert_kept,
@@ -28,7 +34,9 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from lora_svd import LoraSVDError
-from lora_svd.compact import densify, parameter_report
+from lora_svd.compact import LowRankLinear, densify, parameter_report
+from lora_svd.compact.convert import is_plain_linear
+from lora_svd.tuner.layer import LoraSVDLinear
 
 MAMBA = ARCHITECTURES["mamba"]
 FUSED = "ignore:.* are in 3-D weights:UserWarning"
@@ -93,6 +101,28 @@ class Router(nn.Linear):
         return super().forward(x).sigmoid()
 
 
+class Scales(nn.Linear):
+    """Computes a product in training, and something else in evaluation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) * (1 if self.training else 2)
+
+
+class Splits(nn.Linear):
+    """Needs inputs of a certain shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias).unflatten(-1, (4, 8)).flatten(-2)
+
+
+class Multiplies(nn.Linear):
+    """A plain product in other words, with an argument of its own."""
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        product = x.matmul(self.weight.mT) * scale
+        return product if self.bias is None else product.add(self.bias)
+
+
 class Attends(nn.MultiheadAttention):
     """torch's own attention reads the weight of its ``out_proj``."""
 
@@ -136,18 +166,144 @@ def test_layer_that_the_model_goes_round_is_refused_in_the_first_step(
     assert_kept(compact, 0.6)
 
 
-def test_linear_layer_with_a_forward_of_its_own_is_refused(tmp_path: Path) -> None:
-    key = "model.layers.1.mlp"
-    with pytest.raises(TypeError, match=rf"{key} is Router, which is not supported.*exclude_modules=\['1\.mlp'\]$"):
-        get_peft_model(with_mlp(lambda: Router(32, 32)), settings())
-    model = get_peft_model(with_mlp(lambda: Router(32, 32)), settings(exclude_modules=["1.mlp"]))
+def _captioner() -> tf.PreTrainedModel:
+    """As in LLaVA, the language model is given what comes out of the last layer but one of the vision tower."""
+    text = tf.LlamaConfig(**SIZES, num_key_value_heads=2, **TOKENS)
+    config = tf.LlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**VISION), text_config=text, image_token_index=63, vision_feature_layer=-2
+    )
+    return tf.LlavaForConditionalGeneration(config)
+
+
+def _long(kind: type[tf.PreTrainedModel]) -> tf.PreTrainedModel:
+    sizes = {**SIZES, "attention_window": 4, "max_position_embeddings": 64, "num_labels": LABELS}
+    return kind(tf.LongformerConfig(**sizes, pad_token_id=1))
+
+
+def _captions(num_images: int) -> list[dict[str, Tensor]]:
+    rows = torch.randint(3, 60, (16, 12), generator=torch.Generator().manual_seed(1))
+    rows[:, 1 : 1 + 4 * num_images] = 63
+    images = {"pixel_values": torch.rand(3, 8, 8)} if num_images else {}
+    return [{"input_ids": row, "labels": row.where(row != 63, -100), **images} for row in rows]
+
+
+WITHOUT_A_PART = {
+    "no images": (_captioner, lambda: _captions(0), "vision_tower.encoder.layers.0.self_attn.k_proj and 13 more"),
+    "images": (_captioner, lambda: _captions(1), "vision_tower.encoder.layers.1.self_attn.k_proj and 5 more"),
+    "no global tokens": (
+        lambda: _long(tf.LongformerForMaskedLM),
+        LLAMA.data,
+        "longformer.encoder.layer.0.attention.self.query_global and 5 more",
+    ),
+    # of its last layer only the first token is used, which is a global one: gradients are there, and zero
+    "global tokens": (
+        lambda: _long(tf.LongformerForSequenceClassification),
+        ARCHITECTURES["bert"].data,
+        "longformer.encoder.layer.1.attention.self.query and 2 more",
+    ),
+    "pooler": (lambda: tf.BertModel(tf.BertConfig(**SIZES)), lambda: ARCHITECTURES["bert"].data(), "pooler.dense"),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_A_PART)
+def test_layers_without_a_part_in_the_loss_are_refused_in_the_first_step(case: str, tmp_path: Path) -> None:
+    """By name, with what leaves these out and no others."""
+    build, data, named = WITHOUT_A_PART[case]
+    torch.manual_seed(0)
+    base = build()
+    if case == "pooler":
+        base.register_forward_hook(_with_loss)
+    model = get_peft_model(base, settings())
+    trainer = make_trainer(model, tmp_path)
+    trainer.train_dataset = data()
+    with pytest.raises(LoraSVDError, match=rf"target_modules: \S*{named} had no part in the loss") as caught:
+        trainer.train()
+    assert trainer.state.global_step == (case == "global tokens")
+    (advice,) = re.findall(r"exclude_modules=(.*); or let", str(caught.value))
+    torch.manual_seed(0)
+    base = build()
+    if case == "pooler":
+        base.register_forward_hook(_with_loss)
+    left_out = get_peft_model(base, settings(exclude_modules=ast.literal_eval(advice)))
+    num_left_out = int((re.findall(r"and (\d+) more", named) or [0])[0]) + 1
+    counts = [sum(isinstance(m, LoraSVDLinear) for m in each.modules()) for each in (model, left_out)]
+    assert counts[0] - counts[1] == num_left_out
+    trainer = make_trainer(left_out, tmp_path)
+    trainer.train_dataset = data()
+    trainer.train()
+    assert_kept(left_out.merge_and_unload(), 0.6)
+
+
+def _with_loss(_model: nn.Module, _args: Any, outputs: Any) -> Any:
+    outputs["loss"] = outputs.last_hidden_state.square().mean()
+    return outputs
+
+
+@pytest.mark.parametrize("importance", ["lora_activation", "lora"])
+def test_layers_that_only_some_batches_use_are_named_in_a_warning(importance: str) -> None:
+    """Experts without tokens, and a block that is dropped at random, as LayerDrop does."""
+
+    class Expert(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList([Expert() for _ in range(3)])
+            self.spare = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, which: list[int]) -> Tensor:
+            for index in which:
+                x = x + self.experts[index](x)
+            return x + self.spare(x[:0]).sum() if 2 not in which else x + self.spare(x)
+
+    torch.manual_seed(0)
+    config = settings(importance=importance, target_modules=["inner", "spare"], total_steps=4, warmup=2)
+    model = get_peft_model(Mixture(), config)
+    model.train()(torch.randn(4, 8), [0]).square().sum().backward()
+    with pytest.warns(UserWarning, match=r"^experts\.1\.inner and 1 more had no part in the loss of the first batch"):
+        model.base_model.update_and_allocate(0)
+    for step in (1, 2):
+        model.zero_grad()
+        model(torch.randn(4, 8), [0, 1, 2]).square().sum().backward()
+        model.base_model.update_and_allocate(step)
+    assert model.base_model.current_param_ratio() <= 0.6
+
+
+@pytest.mark.parametrize("kind", [Router, Scales, Splits])
+def test_linear_layer_that_computes_something_else_is_refused(kind: type[nn.Linear], tmp_path: Path) -> None:
+    key, name = "model.layers.1.mlp", kind.__name__
+    with pytest.raises(TypeError, match=rf"{key} is {name}, which is not supported.*exclude_modules=\['1\.mlp'\]$"):
+        get_peft_model(with_mlp(lambda: kind(32, 32)), settings())
+    model = get_peft_model(with_mlp(lambda: kind(32, 32)), settings(exclude_modules=["1.mlp"]))
     make_trainer(model, tmp_path).train()
-    assert isinstance(model.merge_and_unload().model.layers[1].mlp, Router)
+    assert isinstance(model.merge_and_unload().model.layers[1].mlp, kind)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_layer_that_writes_the_product_itself_is_compressed(bias: bool, tmp_path: Path) -> None:
+    """Also without memory, as streaming has it."""
+    with torch.device("meta"):
+        layer, before = Multiplies(32, 32, bias=bias), torch.get_rng_state()
+        assert is_plain_linear(layer)
+        assert torch.equal(torch.get_rng_state(), before)  # which the start of the bypasses is drawn with
+        assert not is_plain_linear(Router(32, 32, bias=bias))
+    model = get_peft_model(with_mlp(lambda: Multiplies(32, 32, bias=bias)), settings(target_modules=["1.mlp"]))
+    make_trainer(model, tmp_path).train()
+    compact = model.merge_and_unload()
+    layer = compact.model.layers[1].mlp
+    assert isinstance(layer, LowRankLinear)
+    assert (layer.bias is not None) == bias
 
 
 def test_layer_that_is_called_twice_is_observed_twice(tmp_path: Path) -> None:
     """DeBERTa sends its relative positions, too, through the projections of queries and keys."""
-    layers = dict(trained(tmp_path, ARCHITECTURES["deberta"]).base_model._tuner_layers("default"))
+    layers = trained(tmp_path, ARCHITECTURES["deberta"]).base_model.run().layers
     seen = {
         name: layers[f"deberta.encoder.layer.0.attention.self.{name}_proj"].statistics("default")
         for name in ("query", "value")

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,21 @@ import pytest
 import yaml
 from peft import PeftConfig
 from tiny_lm import make_text, save_tiny_lm
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaModel, TrainingArguments
 
 from lora_svd import LoraSVDConfig
-from lora_svd.cli import main
+from lora_svd.cli.arguments import CompressArguments
+from lora_svd.cli.recipe import read_recipe
+from lora_svd.cli.report.figures import FIGURES
 from lora_svd.compact import parameter_report
 from lora_svd.evaluation import perplexity
-from lora_svd.html_report.figures import FIGURES
-from lora_svd.recipe import CompressArguments, read_recipe
+from lora_svd.streaming.observe import Observation
+from lora_svd_command import main
 
+BOS = 1
 FOLDER = Path(__file__).parents[1] / "recipes"
-# lm-eval's definitions of the benchmark's tasks are no recipes; test_benchmark_parts.py loads them
-RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent != FOLDER / "benchmarks/tasks")
+RECIPES = sorted(FOLDER.rglob("*.yaml"))
 NUM_RECIPES = 2
 
 
@@ -74,6 +78,21 @@ def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     lines = [line for line in captured.err.splitlines() if line.startswith("lora-svd: error: ")]
     assert len(lines) == 1, captured.err
     return lines[0].removeprefix("lora-svd: error: ")
+
+
+def windows_read(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Filled with the token ids of every sequence that a model reads from its beginning."""
+    read: list[list[int]] = []
+    forward = LlamaModel.forward
+
+    def spy(self: LlamaModel, input_ids: Tensor, *args: Any, **options: Any) -> Any:
+        cache = options.get("past_key_values")
+        if cache is None or cache.get_seq_length() == 0:
+            read.extend(input_ids.tolist())
+        return forward(self, input_ids, *args, **options)
+
+    monkeypatch.setattr(LlamaModel, "forward", spy)
+    return read
 
 
 class TestCompress:
@@ -151,6 +170,28 @@ class TestCompress:
         without, with_it = (report["perplexity_reloaded"] for report in reports)
         assert with_it != pytest.approx(without, rel=1e-3)
 
+    @pytest.mark.parametrize(("words", "first"), [([], "<s>"), (["--bos", "false"], None)])
+    def test_everything_begins_with_bos_where_the_tokenizer_puts_it(
+        self, folder: Path, words: list[str], first: str | None, monkeypatch: pytest.MonkeyPatch
+    ):
+        save_tiny_lm(folder / "tiny", template="<s> $A")
+        recipe = write_recipe(folder, own_text_blocks=3, own_text_start="w3", report_sizes=[0.9])
+        read = windows_read(monkeypatch)
+        assert main(["compress", recipe, *words]) == 0
+        front = int(first is not None)  # in training, perplexity, behind the start of own text and the prompt
+        assert {len(window) for window in read} == {16, 32, front + 1, front + 3}
+        assert {window[0] == BOS for window in read} == {first is not None}
+        assert all(window[1:2] != [BOS] for window in read)
+        compact = folder / "out" / "compact"
+        report = json.loads((compact / "report.json").read_text())
+        assert report["bos"] == first
+        assert report["perplexity_tokens"] == (200 // 31 if first else 200 // 32) * 31
+        assert report["perplexity_reloaded"] == pytest.approx(report["perplexity_compact"], rel=1e-5)
+        convention = f"{report['perplexity_tokens']} tokens, window 32, {'`<s>`' if first else 'no BOS'} in front"
+        assert convention in (compact / "README.md").read_text()
+        page = (folder / "out" / "report" / "index.html").read_text(encoding="utf-8")
+        assert convention.replace("<s>", "&lt;s&gt;") in page
+
     @pytest.mark.parametrize("words", [["--report_tokens", "0"], ["--report_sizes", "0.6"]])
     def test_no_other_sizes(self, folder: Path, words: list[str]):
         assert main(["compress", write_recipe(folder), *words]) == 0
@@ -181,7 +222,7 @@ class TestCompress:
         def save_another_model(_: Any, target: Path, __: Any) -> None:
             save_tiny_lm(target)
 
-        monkeypatch.setattr("lora_svd.run.save_compact", save_another_model)
+        monkeypatch.setattr("lora_svd.cli.compress.save_compact", save_another_model)
         assert re.search(r"perplexity is [\d.]+ in memory but [\d.]+ when reloaded", fails(capsys, "compress", recipe))
 
     def test_a_full_disk_is_said_in_one_line(
@@ -207,6 +248,9 @@ class TestCompress:
             ({"train_text": "no.txt"}, (), "train_text: no file 'no.txt'"),
             ({"eval_text": None}, (), "eval_text: missing"),
             ({"max_steps": "many"}, (), "argument --max_steps/--max-steps: invalid int value: 'many'"),
+            ({"max_steps": 1.5}, (), "argument --max_steps/--max-steps: invalid int value: '1.5'"),
+            ({"r": 2.5}, (), "r: got 2.5, expected a positive integer"),
+            ({}, ("--r", "many"), "r: got 'many', expected a positive integer"),
             ({"param_ratio": 1.5}, (), "param_ratio: got 1.5, expected a number in (0, 1]"),
             ({"importance": "magic"}, (), "importance: unknown value 'magic', expected one of ["),
             ({"dtype": "int8"}, (), "dtype: unknown value 'int8', expected one of ['auto', 'bfloat16'"),
@@ -285,6 +329,23 @@ class TestRecipe:
         assert (recipe.run.window, recipe.training.seed, recipe.training.bf16) == (16, -3, True)
         assert (recipe.chosen["window"], recipe.chosen["seed"]) == (16, -3)
 
+    def test_numbers_with_an_exponent_are_numbers(self, folder: Path):
+        """YAML 1.1, which PyYAML reads, takes 1e-3 for a text."""
+        path = Path(write_recipe(folder, learning_rate=None))
+        path.write_text(path.read_text() + "row_shrinkage: 1e-3\nlearning_rate: 2E-4\nrun_name: 1e-3 again\n")
+        recipe = read_recipe(path, ["--column_shrinkage", "5e-3", "--weight_decay=1e-2"])
+        assert (recipe.config.row_shrinkage, recipe.config.column_shrinkage) == (1e-3, 5e-3)
+        assert (recipe.training.learning_rate, recipe.training.weight_decay) == (2e-4, 1e-2)
+        assert recipe.training.run_name == "1e-3 again"
+        assert recipe.chosen["row_shrinkage"] == 1e-3
+
+    def test_flags_stand_alone_or_have_a_value(self, folder: Path):
+        recipe = read_recipe(Path(write_recipe(folder)), ["--train_factors", "--init-weights", "false", "--bf16"])
+        assert recipe.config.train_factors
+        assert recipe.training.bf16
+        assert not recipe.config.init_weights
+        assert recipe.chosen["train_factors"] is True
+
     def test_defaults_are_those_of_the_dataclasses(self, folder: Path):
         recipe = read_recipe(Path(write_recipe(folder, param_ratio=None, rank_multiple=None, r=None)))
         assert recipe.config == LoraSVDConfig(task_type="CAUSAL_LM")
@@ -327,6 +388,20 @@ class TestEvaluate:
         assert main([*words, "--json"]) == 0
         assert json.loads(capsys.readouterr().out) == pytest.approx(dataclasses.asdict(expected))
 
+    def test_bos_as_the_tokenizer_does_or_as_asked(
+        self, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ):
+        save_tiny_lm(folder / "beginning", template="<s> $A")
+        words = ["--text", "eval.txt", "--window", "32", "--device", "cpu"]
+        asked = {("tiny", ""): False, ("tiny", "true"): True, ("beginning", ""): True, ("beginning", "false"): False}
+        read = windows_read(monkeypatch)
+        for (model, bos), begins in asked.items():
+            read.clear()
+            assert main(["evaluate", model, *words, *(["--bos", bos] if bos else [])]) == 0
+            assert {window[0] == BOS for window in read} == {begins}
+            assert capsys.readouterr().out.endswith(f" window 32, {'`<s>`' if begins else 'no BOS'} in front)\n")
+        assert "--bos: Truthy value expected: got maybe" in fails(capsys, "evaluate", "tiny", *words, "--bos", "maybe")
+
     @pytest.mark.parametrize(
         ("words", "message"),
         [
@@ -358,6 +433,35 @@ def test_help(capsys: pytest.CaptureFixture[str]):
     assert "lora-svd compress RECIPE.yaml [--field value ...]" in out
     for name in ("--param_ratio", "--train_text", "--learning_rate"):
         assert name in out
+
+
+@pytest.mark.parametrize(("words", "begins"), [([], True), (["--bos", "no"], False)])
+def test_stream_reads_bos_in_front(
+    folder: Path, words: list[str], begins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_lm(folder / "tiny", template="<s> $A")
+    read: list[Tensor] = []
+    run = Observation.run
+    monkeypatch.setattr(Observation, "run", lambda self: (read.append(self.ids), run(self))[1])
+    options = ["--text", "train.txt", "--output", "small", "--length", "16", "--samples", "8", "--device", "cpu"]
+    assert main(["stream", "tiny", *options, *words]) == 0
+    (ids,) = read
+    assert ids.shape == (8, 16)
+    assert ((ids == BOS).sum(1) == begins).all()
+    assert (ids[:, 0] == BOS).all() == begins
+
+
+def test_help_of_the_command_loads_nothing():
+    code = "import sys, lora_svd_command; lora_svd_command.main(['--help']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: lora-svd compress RECIPE.yaml")
+    assert {"torch", "transformers", "peft", "lora_svd"} & set(done.stdout.split()) == set()
+
+
+def test_the_command_is_installed_with_the_package():
+    project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["scripts"] == {"lora-svd": f"{main.__module__}:{main.__name__}"}
+    assert main.__module__ in project["tool"]["setuptools"]["py-modules"]
 
 
 def test_stream_writes_a_compact_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -144,18 +144,6 @@ def test_statistic_that_saw_nothing_is_an_error_that_says_so(importance):
         compute_spectra({"block.down": silent}, settings(importance))
 
 
-@pytest.mark.parametrize(
-    ("importance", "dead", "said"), [("kronecker", "output_gram", "gradients"), ("activation", "input_gram", "inputs")]
-)
-def test_statistic_that_is_zero_is_said_to_be_left_out(importance, dead, said):
-    seen = observed(12, 8)
-    given = layer(12, 8, LayerStatistics({**seen.sums, dead: torch.zeros_like(seen.sums[dead])}, COUNTS))
-    with pytest.warns(UserWarning, match=f"block.0.up: its {said} were zero in every observed step"):
-        metrics = layer_metrics("block.0.up", given, settings(importance))
-    side = metrics.row if said == "gradients" else metrics.column
-    assert torch.equal(side, torch.eye(len(side), dtype=torch.float64))
-
-
 def test_plain_svd_needs_no_observation():
     nothing = layer(8, 12, LayerStatistics({}, dict.fromkeys(COUNTS, 0)))
     spectrum = compute_spectra({"down": nothing}, settings("none"))["down"]

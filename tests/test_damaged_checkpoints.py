@@ -21,9 +21,9 @@ from tiny_lm import save_tiny_lm
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from lora_svd import LoraSVDError
+from lora_svd.analysis.weights import folder_weights
+from lora_svd.cli.compress import load_model
 from lora_svd.compact import parameter_report, save_compact
-from lora_svd.run import load_model
-from lora_svd.weights import folder_weights
 
 UP = "model.layers.0.mlp.up_proj"
 WEIGHTS = "model.safetensors"

@@ -129,6 +129,8 @@ def test_scale_of_a_metric_does_not_change_the_factors(weight, metrics):
     )
 
 
+# Rounding may leave it definite; test_fallbacks.py holds the warning.
+@pytest.mark.filterwarnings("ignore:a metric is singular")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_singular_metric_costs_nothing_in_its_null_space(shape):
     """Fewer tokens than features: what no token saw is free, what was seen is still optimal."""
@@ -229,7 +231,7 @@ def test_pivoted_and_plain_factors_agree(kind, shape, column):
 
 
 @pytest.mark.parametrize("kind", ["random", "ill-conditioned", "low rank"])
-def test_rounding_of_the_stored_numbers_is_not_amplified(kind):
+def test_rounding_of_the_stored_numbers_is_hardly_amplified(kind):
     weight = WEIGHTS[kind]((24, 10))
     factors = weighted_svd(weight, Metrics(), 6)
     pivoted, balanced = pivot(factors), balance(factors)

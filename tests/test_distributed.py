@@ -62,10 +62,10 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     the factorization amplifies the rounding."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        if ".lora_svd_right." in name:
+        if ".factors.right" in name:
             continue
-        if ".lora_svd_left." in name:
-            right = name.replace("_left", "_right")
+        if ".factors.left" in name:
+            right = name.replace(".left", ".right")
             pair, bound = (found[name] @ found[right], tensor @ expected[right]), 5e-4
         else:
             pair, bound = (found[name], tensor), 1e-4
@@ -147,9 +147,8 @@ def test_every_process_is_told_what_is_wrong(run: str, case: str, says: str, run
 def test_ddp_is_told_to_leave_statistics_and_factors_alone(tmp_path: Path) -> None:
     """It asks the module that it is given: the PEFT model."""
     model = train(tmp_path, world=1, save_strategy="no")
-    held = {name for name in model.state_dict() if ".lora_svd_" in name and ".lora_svd_A." not in name}
-    held = {name for name in held if ".lora_svd_B." not in name}
-    assert any(".lora_svd_left." in name for name in held)
+    held = {name for name in model.state_dict() if ".lora_svd_" in name and not name.endswith((".A", ".B"))}
+    assert any(".factors.left" in name for name in held)
     assert held < set(model._ddp_params_and_buffers_to_ignore)
     assert not any(
         name in model._ddp_params_and_buffers_to_ignore for name, p in model.named_parameters() if p.requires_grad

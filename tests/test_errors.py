@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from models import LLAMA, assert_bit_equal, linear_sizes, logits, make_trainer, settings, tensors, trained, wrap
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from lora_svd import LoraSVDCallback, LoraSVDConfig, LoraSVDError, NumericalError
@@ -101,6 +102,18 @@ def test_forms_that_do_not_go_together(fields: dict[str, Any], says: str) -> Non
         LoraSVDConfig(**fields)
 
 
+@pytest.mark.parametrize("pattern", ["layers", "(layers|h)", ["(layers|h)"]])
+def test_layers_pattern_is_a_regular_expression_as_a_whole(pattern: str | list[str]) -> None:
+    assert LoraSVDConfig(layers_to_transform=[0], layers_pattern=pattern).layers_pattern == pattern
+    with pytest.raises(LoraSVDError, match=r"^layers_pattern: got '\(h', expected a regular expression"):
+        LoraSVDConfig(layers_to_transform=[0], layers_pattern="(h")
+
+
+def test_every_field_of_ours_is_checked() -> None:
+    ours = {entry.name for entry in fields(LoraSVDConfig)} - {entry.name for entry in fields(PeftConfig)}
+    assert ours - {entry.name for entry in fields(LoraSVDConfig) if "check" in entry.metadata} == set()
+
+
 def test_unknown_importance_lists_every_preset() -> None:
     with pytest.raises(LoraSVDError) as caught:
         LoraSVDConfig(importance="magnitude")
@@ -187,10 +200,10 @@ def test_plain_svd_needs_no_observation() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("name", ["gradient_rows", "lora_gradient_gram", "input_gram"])
+@pytest.mark.parametrize("name", ["gradient_rows", "signed_output_gram", "input_gram"])
 def test_non_finite_statistic_loses_nothing(name: str, value: float, tmp_path: Path) -> None:
     model = stopped(tmp_path, warmup=8, importance="lora_diagonal" if name == "gradient_rows" else "lora_activation")
-    buffer = getattr(model.get_submodule(f"base_model.model.{DOWN}"), f"lora_svd_{name}")["default"]
+    buffer = model.get_submodule(f"base_model.model.{DOWN}").adapter("default").observer[name]
     whole = buffer.clone()
     buffer.view(-1)[0] = value
     expected, before = logits(model), tensors(model)
@@ -212,7 +225,7 @@ def test_non_finite_statistic_loses_nothing(name: str, value: float, tmp_path: P
 @pytest.mark.parametrize("compressed", [True, False])
 def test_non_finite_bypass_loses_nothing(compensation: str, compressed: bool, tmp_path: Path) -> None:
     model = stopped(tmp_path, compensation=compensation, r=2, warmup=1 if compressed else 8)
-    weight = model.get_submodule(f"base_model.model.{UP}").lora_svd_B["default"].data
+    weight = model.get_submodule(f"base_model.model.{UP}").adapter("default").B.data
     whole = weight.clone()
     weight[0, 0] = math.nan
     before = tensors(model)
@@ -248,7 +261,7 @@ def test_first_step_without_any_gradient_is_no_error() -> None:
 def test_non_finite_statistic_of_a_step_names_the_module() -> None:
     model = wrap(total_steps=20, importance="lora_diagonal")
     backward(model)
-    model.get_submodule(f"base_model.model.{DOWN}").lora_svd_input_gram["default"][0, 0] = math.nan
+    model.get_submodule(f"base_model.model.{DOWN}").adapter("default").observer["input_gram"][0, 0] = math.nan
     with pytest.raises(NumericalError, match=rf"^{DOWN}: metric has \d+ of 16 non-finite values"):
         model.base_model.update_and_allocate(0)
 

@@ -20,11 +20,11 @@ from models import ARCHITECTURES, LLAMA, TIED, assert_bit_equal, logits, make_tr
 from PIL import Image
 from torch import nn
 
+from lora_svd.cli.report import Measured, ReportData, TrainedRun, bytes_by_part, recorded_messages, write_report
+from lora_svd.cli.report.figures import FIGURES, draw_figures, examples
+from lora_svd.cli.results import RunResults
 from lora_svd.compact import parameter_report
 from lora_svd.evaluation import Perplexity
-from lora_svd.html_report import Measured, ReportData, TrainedRun, bytes_by_part, recorded_messages, write_report
-from lora_svd.html_report.figures import FIGURES, draw_figures, examples
-from lora_svd.run_report import RunReport
 
 SECTIONS = ["results", "sizes", "ranks", "importance", "training", "bytes", "samples", "warnings", "recipe"]
 EVIL = '</pre><script>alert("x")</script>&amp;$\\frac'
@@ -86,7 +86,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> ReportData:
     """Of a real, tiny run, with hostile texts."""
     tuned, trained = train(tmp_path_factory.mktemp("run"), train_factors=True)
     dense, compact = measured(LLAMA.build(), 12.3456, EVIL), measured(tuned.merge_and_unload(), 14.5678, EVIL)
-    run = RunReport(
+    run = RunResults(
         model=f"models/{EVIL}",
         dense_bytes=dense.size.bytes,
         size=compact.size,

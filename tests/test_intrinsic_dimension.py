@@ -14,7 +14,7 @@ from tiny_lm import save_tiny_task
 from torch import Tensor, nn
 
 from lora_svd import LoraSVDError
-from lora_svd.intrinsic_dimension import RandomSubspace, intrinsic_dimension, layer_of, random_subspace
+from lora_svd.analysis.intrinsic_dimension import RandomSubspace, intrinsic_dimension, layer_of, random_subspace
 
 ROOT = Path(__file__).parents[1]
 

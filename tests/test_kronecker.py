@@ -22,11 +22,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig
 
 from lora_svd import LoraSVDError
-from lora_svd.compact import LowRankLinear, densify, factored_output, parameter_report, save_compact
+from lora_svd.analysis.weights import folder_weights, model_weights
+from lora_svd.compact import LowRankLinear, densify, parameter_report, save_compact
+from lora_svd.compact.convert import factored_output
 from lora_svd.decompositions import DECOMPOSITIONS, Factors, Split
 from lora_svd.decompositions.kronecker import kronecker_split, split_metrics
 from lora_svd.linalg import Metrics
-from lora_svd.weights import folder_weights, model_weights
 
 KRONECKER = DECOMPOSITIONS["kronecker"]
 FORM = {"decomposition": "kronecker", "factor_format": "factors"}

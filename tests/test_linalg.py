@@ -4,7 +4,7 @@ import pytest
 import reference
 import torch
 
-from lora_svd.errors import NumericalError
+from lora_svd.errors import NumericalError, NumericalWarning
 from lora_svd.linalg import (
     INDEFINITE_TOLERANCE,
     Metrics,
@@ -47,17 +47,27 @@ METRICS = {
 }
 
 
+def root_of(kind, metric):
+    """Its root; where eigenvalues have to be raised it says so."""
+    if kind in {"none", "diagonal", "full"}:
+        return metric_root(metric)
+    raised = 2 if kind == "rounded" else 3
+    says = f"^a metric is singular: {raised} of its 6 eigenvalues were raised to 1e-12 of"
+    with pytest.warns(NumericalWarning, match=says):
+        return metric_root(metric)
+
+
 @pytest.mark.parametrize("kind", METRICS)
 def test_root_squares_to_the_metric(kind):
     metric = METRICS[kind]()
-    root = reference.dense(None, N) if (root := metric_root(metric)) is None else root
+    root = reference.dense(None, N) if (root := root_of(kind, metric)) is None else root
     root = root.diag() if root.dim() == 1 else root
     assert reference.relative_error(root @ root.T, reference.dense(metric, N)) < (1e-7 if kind == "rounded" else 1e-11)
 
 
 @pytest.mark.parametrize("kind", METRICS)
 def test_times_and_solve_undo_each_other(kind):
-    root, matrix = metric_root(METRICS[kind]()), torch.randn(N, 3, dtype=torch.float64)
+    root, matrix = root_of(kind, METRICS[kind]()), torch.randn(N, 3, dtype=torch.float64)
     assert reference.relative_error(root_transpose_solve(root, root_transpose_times(root, matrix)), matrix) < 1e-7
 
 
@@ -100,10 +110,18 @@ def test_shrinkage(kind, amount, correlation):
     assert torch.equal(metric, before)
 
 
-def test_shrinkage_of_a_metric_without_information_is_the_identity():
+def test_shrinkage_leaves_zero_and_the_identity_as_they_are():
     assert shrink(None, 0.1) is None
-    assert torch.equal(shrink(torch.zeros(N), 0.1), torch.ones(N, dtype=torch.float64))
-    assert torch.equal(shrink(torch.zeros(N, N), 0.1), torch.eye(N, dtype=torch.float64))
+    assert torch.equal(shrink(torch.zeros(N), 0.1), torch.zeros(N, dtype=torch.float64))
+    assert torch.equal(shrink(torch.zeros(N, N), 0.1), torch.zeros(N, N, dtype=torch.float64))
+
+
+def test_metrics_that_are_zero_are_named_and_have_a_definite_form():
+    metrics = Metrics(row=torch.zeros(N, N), column=positive())
+    assert metrics.zero == ["row"]
+    assert metrics.definite == Metrics(column=metrics.column)
+    assert Metrics(elements=torch.zeros(N, 2)).zero == ["elements"]
+    assert not Metrics(row=torch.eye(1, N)[0]).zero
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -124,8 +142,9 @@ def test_indefinite_metric_is_an_error_that_says_how_much(smallest):
 
 
 def test_negative_metric_is_an_error():
-    with pytest.raises(NumericalError, match="indefinite"):
-        metric_root(-positive())
+    for metric in (-positive(), torch.tensor([1.0, -1.0]), torch.zeros(2), torch.zeros(2, 2)):
+        with pytest.raises(NumericalError, match="indefinite"):
+            metric_root(metric)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -144,6 +163,7 @@ def test_gram_that_was_accumulated_in_half_precision_is_refused():
     """Fewer tokens than features, rounded to bfloat16: eigenvalues that must be zero are not."""
     x = torch.randn(8, 64, dtype=torch.float64)
     gram = x.T @ x
-    metric_root(shrink(gram.float(), 0.0))
+    with pytest.warns(NumericalWarning, match="singular"):
+        metric_root(shrink(gram.float(), 0.0))
     with pytest.raises(NumericalError, match="Accumulate statistics in float32"):
         metric_root(shrink(gram.bfloat16(), 0.0))

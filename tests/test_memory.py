@@ -24,8 +24,8 @@ def factorization(num_layers: int, importance: str) -> tuple[int, int]:
     model(torch.randn(4, 64, SIZE, dtype=torch.bfloat16)).square().sum().backward()
     model.base_model.update_and_allocate(0, total_steps=10)
     with PeakMemory() as memory:
-        model.base_model._compress("default", 0.6)
-    left = [factors for _, layer in model.base_model._tuner_layers("default") if (factors := layer.factors("default"))]
+        model.base_model.run().apply(model.base_model.run().compressed_to(0.6))
+    left = [factors for layer in model.base_model.run().layers.values() if (factors := layer.factors("default"))]
     return memory.peak, sum(2 * (factors.left.numel() + factors.right.numel()) for factors in left)
 
 

@@ -18,7 +18,7 @@ from transformers import Trainer
 from lora_svd import LoraSVDError, NumericalError
 from lora_svd.compact import parameter_report
 from lora_svd.importance import IMPORTANCES
-from lora_svd.layer import LoraSVDLinear
+from lora_svd.tuner.layer import LoraSVDLinear
 
 UP = "model.layers.0.mlp.up_proj"
 ALL = sorted(IMPORTANCES.keys() - {"none"})
@@ -30,9 +30,8 @@ def backward(model: PeftModel, scale: float = 1.0) -> None:
 
 
 def statistics(model: PeftModel) -> dict[str, Tensor]:
-    names = ("lora_svd_A", "lora_svd_B")
     found = {name: tensor for name, tensor in tensors(model).items() if "lora_svd_" in name}
-    return {name: tensor for name, tensor in found.items() if not any(part in name for part in names)}
+    return {name: tensor for name, tensor in found.items() if not name.endswith((".A", ".B"))}
 
 
 @pytest.mark.parametrize("importance", ALL)
@@ -82,7 +81,7 @@ def test_overflow_that_the_scaler_skips(importance: str, train_factors: bool, tm
         trainer.train()
     said = [str(warning.message) for warning in caught if "the gradient scaler skips" in str(warning.message)]
     assert [step for step in range(8) if any(f"at step {step}," in line for line in said)] == [0, 3, 6]
-    counts = model.get_submodule(f"base_model.model.{UP}").lora_svd_counts["default"]
+    counts = model.get_submodule(f"base_model.model.{UP}").adapter("default").observer["counts"]
     assert int(counts[2]) == 2  # of four steps in the warm-up
     assert trainer.accelerator.scaler.get_scale() == 1024 / 8
     assert all(tensor.isfinite().all() for tensor in tensors(model).values())
@@ -90,7 +89,7 @@ def test_overflow_that_the_scaler_skips(importance: str, train_factors: bool, tm
 
 
 @pytest.mark.parametrize(
-    ("importance", "statistic"), [("lora_activation", "lora_gradient_gram"), ("kronecker", "output_gram")]
+    ("importance", "statistic"), [("lora_activation", "signed_output_gram"), ("kronecker", "output_gram")]
 )
 def test_scaled_losses_are_observed_like_others(importance: str, statistic: str, tmp_path: Path) -> None:
     """However the scale changes: here it grows with every other step."""
@@ -110,7 +109,7 @@ def test_layer_that_is_called_with_a_single_token() -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), settings(target_modules=["0"], total_steps=9))
     model(torch.randn(6)).square().sum().backward()
     model.base_model.update_and_allocate(0)
-    assert model.base_model.model[0].lora_svd_counts["default"].tolist() == [1, 1, 1]
+    assert model.base_model.model[0].adapter("default").observer["counts"].tolist() == [1, 1, 1]
 
 
 @TIED
@@ -148,7 +147,7 @@ def test_batch_of_nothing_but_padding(distillation: float, accumulate: int, empt
     trainer.train_dataset = [{**row, "labels": labels} if i // 2 in empty else row for i, row in enumerate(data)]
     trainer.train()
     seen = 3 * accumulate - sum(batch < 3 * accumulate for batch in empty)
-    counts = model.get_submodule(f"base_model.model.{UP}").lora_svd_counts["default"]
+    counts = model.get_submodule(f"base_model.model.{UP}").adapter("default").observer["counts"]
     assert counts.tolist() == [seen * 2 * 7, seen * 2, 3]  # batches of two samples of seven labels
     assert all(tensor.isfinite().all() for tensor in tensors(model).values())
     assert parameter_report(model.merge_and_unload()).param_ratio <= 0.6
@@ -177,15 +176,14 @@ class Unused(nn.Module):
 
 
 @pytest.mark.parametrize("importance", ALL)
-def test_layer_without_a_gradient_is_named(importance: str) -> None:
+def test_layer_without_a_gradient_is_refused_in_the_first_step(importance: str) -> None:
     torch.manual_seed(0)
     model = get_peft_model(Unused(), settings(importance=importance, target_modules=["used", "unused"], total_steps=4))
     before = tensors(model)
     model(torch.randn(4, 8)).square().sum().backward()
-    with pytest.warns(UserWarning, match=r"^unused had no part in the loss .* exclude_modules=\['unused'\]"):
+    says = r"^target_modules: unused had no part in the loss of the first steps .* exclude_modules=\['unused'\]"
+    with pytest.raises(LoraSVDError, match=says):
         model.base_model.update_and_allocate(0)
-    with pytest.raises(LoraSVDError, match=r"^unused: nothing was observed for .*leave .* out with exclude_modules"):
-        model.base_model.update_and_allocate(1)
     assert all(torch.equal(tensors(model)[name], tensor) for name, tensor in before.items())
     without = settings(
         importance=importance, target_modules=["used", "unused"], exclude_modules=["unused"], total_steps=4
@@ -194,6 +192,14 @@ def test_layer_without_a_gradient_is_named(importance: str) -> None:
     model(torch.randn(4, 8)).square().sum().backward()
     model.base_model.update_and_allocate(0)
     assert isinstance(finish(model).unused, nn.Linear)
+
+
+def test_layer_without_a_gradient_is_named_where_nothing_is_measured() -> None:
+    model = get_peft_model(Unused(), settings(importance="none", target_modules=["used", "unused"], total_steps=4))
+    model(torch.randn(4, 8)).square().sum().backward()
+    with pytest.warns(UserWarning, match=r"^unused had no part in the loss .* exclude_modules=\['unused'\]"):
+        model.base_model.update_and_allocate(0)
+    assert parameter_report(finish(model)).param_ratio <= 0.6
 
 
 class Experts(nn.Module):
@@ -220,7 +226,8 @@ def test_expert_without_tokens_in_a_batch(importance: str) -> None:
         model(x).square().sum().backward()
         model.base_model.update_and_allocate(step)
     counts = {
-        name: layer.lora_svd_counts["default"].tolist() for name, layer in model.base_model.model.named_children()
+        name: layer.adapter("default").observer["counts"].tolist()
+        for name, layer in model.base_model.model.named_children()
     }
     assert counts == {"all": [8, 8, 2], "some": [4, 4, 2]}
     assert all(tensor.isfinite().all() for tensor in statistics(model).values())
@@ -297,7 +304,7 @@ def test_inputs_without_variety(importance: str, kind: str) -> None:
 def test_input_that_is_always_zero_is_named() -> None:
     x = torch.zeros(8, 12)
     _, model = observed("activation", lambda net: net.first.bias.fill_(1.0), x)
-    with pytest.warns(UserWarning, match="first: its inputs were zero in every observed step"):
+    with pytest.warns(UserWarning, match="first: input_gram was zero in every observed step"):
         finish(model)
 
 

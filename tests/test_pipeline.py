@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 from lora_svd import LoraSVDCallback, LoraSVDConfig, LoraSVDError
 from lora_svd.compact import LowRankLinear, parameter_report
 from lora_svd.importance import IMPORTANCES
-from lora_svd.layer import LoraSVDLinear
+from lora_svd.tuner.layer import LoraSVDLinear
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
@@ -172,8 +172,10 @@ def test_dense_base_with_the_lora_merged(name: str, how: dict[str, float], tmp_p
     architecture = ARCHITECTURES[name]
     model = trained(tmp_path, architecture, param_ratio=how.get("param_ratio", 0.6))
     expected = tensors(architecture.build())
-    for layer_name, layer in model.base_model._tuner_layers("default"):
-        bypass = layer.scaling["default"] * layer.lora_svd_B["default"].detach() @ layer.lora_svd_A["default"].detach()
+    for layer_name, layer in model.base_model.run().layers.items():
+        bypass = (
+            layer.adapter("default").scaling * layer.adapter("default").B.detach() @ layer.adapter("default").A.detach()
+        )
         expected[f"{layer_name}.weight"] += bypass.T if layer.fan_in_fan_out else bypass
     dense = model.merge_and_unload(compact=how.get("compact", True))
     assert linear_sizes(dense) == linear_sizes(architecture.build())

@@ -10,8 +10,8 @@ import pytest
 from matplotlib.collections import QuadMesh
 from PIL import Image
 
+from lora_svd.analysis.plots import bar_figure, depth_map, grouped_bar_figure, line_figure, save_png
 from lora_svd.errors import LoraSVDError
-from lora_svd.plots import bar_figure, depth_map, grouped_bar_figure, line_figure, save_png
 
 
 def texts(axes) -> list[str]:

@@ -28,7 +28,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_svd import LoraSVDCallback, LoraSVDConfig, LoraSVDError, NumericalError
 from lora_svd.allocation import ALLOCATIONS, FACTOR_FORMATS, LayerShape, allocate_ranks, budget_of, kept_parameters
-from lora_svd.compact import LoraSVDCompactConfig, LowRankLinear, parameter_report
+from lora_svd.compact import LowRankLinear, parameter_report
+from lora_svd.compact.description import LoraSVDCompactConfig
 from lora_svd.decompositions import pivot
 from lora_svd.decompositions.svd import truncate, weighted_spectrum, weighted_svd
 from lora_svd.linalg import Metrics

@@ -14,12 +14,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from lora_svd import LoraSVDError, NumericalError
-from lora_svd.compact import LowRankLinear, dense_weight, parameter_report, quantize_modules
+from lora_svd.cli.report import bytes_by_part
+from lora_svd.compact import LowRankLinear, bnb, densify, parameter_report
 from lora_svd.compact import quantized as quantized_module
-from lora_svd.compact.stored import full_precision
-from lora_svd.html_report import bytes_by_part
-from lora_svd.layer import LoraSVDLinear
-from lora_svd.rounding import nearest_levels
+from lora_svd.compact.bnb import full_precision
+from lora_svd.compact.convert import dense_weight
+from lora_svd.compact.quantized import quantize_modules
+from lora_svd.compact.rounding import nearest_levels
+from lora_svd.tuner.layer import LoraSVDLinear
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:MatMul8bitLt:UserWarning",  # bitsandbytes computes 8 bits in float16
@@ -82,6 +84,34 @@ def test_round_trip(base: str, exported: bool, dense: Path, tmp_path: Path) -> N
     has_quantized = exported or base != "none"
     assert reloaded.is_quantized == compact.is_quantized == has_quantized
     assert getattr(reloaded, "is_loaded_in_4bit", False) == (exported or "4" in base)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", ["4", "8"])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_runs_in_one_type(dtype: torch.dtype, bits: str, prepared: bool, dense: Path, tmp_path: Path) -> None:
+    """In that of what the base does not quantize, which ``prepare_model_for_kbit_training`` makes float32."""
+    quantization = BitsAndBytesConfig(load_in_4bit=bits == "4", load_in_8bit=bits == "8")
+    base: Any = load(dense, quantization_config=quantization, dtype=dtype)
+    if prepared:
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    expected_dtype = base.get_input_embeddings().weight.dtype
+    assert expected_dtype == (torch.float32 if prepared else dtype)
+    torch.manual_seed(3)
+    model = get_peft_model(base, settings(factor_format="factors", exclude_modules=["gate_proj"]))
+    make_trainer(model, tmp_path / "run").train()
+    expected = logits(model)
+    compact: Any = model.merge_and_unload()
+    answers = logits(compact)
+    torch.testing.assert_close(answers, expected, rtol=0, atol=0.1)
+    compact.save_pretrained(tmp_path / "compact")
+    for each in (compact, load(tmp_path / "compact")):
+        assert {p.dtype for p in each.parameters() if p.is_floating_point()} == {expected_dtype}
+        assert torch.equal(logits(each), answers)
+        each.train()(**LLAMA.inputs()).loss.backward()
+    dense_again = densify(load(tmp_path / "compact"))
+    assert {parameter.dtype for parameter in dense_again.parameters()} == {expected_dtype}
+    torch.testing.assert_close(logits(dense_again), answers, rtol=0, atol=0.05)
 
 
 @pytest.mark.filterwarnings("ignore:rank_multiple. got 1 with a quantization_config")
@@ -176,14 +206,14 @@ def test_codes_are_packed_as_bitsandbytes_reads_them(shape: tuple[int, int]) -> 
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     layer = quantized_module._quantized(weight, quantization(), torch.eye(shape[1]), nn.Parameter(weight[:, 0].clone()))
     state = layer.weight.quant_state
-    scale = quantized_module._scales(state)
+    scale = bnb.scale_of_each(state)
     expected = scale * state.code[nearest_levels(weight.double() / scale.double(), state.code.double())]
     torch.testing.assert_close(full_precision(layer), expected)
     assert torch.equal(layer.bias, weight[:, 0])
 
 
 def test_a_weight_that_comes_back_changed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantized_module, "full_precision", lambda layer: torch.zeros(layer.out_features, 64))
+    monkeypatch.setattr(bnb, "full_precision", lambda layer: torch.zeros(layer.out_features, 64))
     with pytest.raises(NumericalError, match=r"relative error of 1\.00, expected 0"):
         quantized_module._quantized(torch.ones(8, 64), quantization(), None, None)
 

@@ -21,7 +21,7 @@ PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.
 def test_python_blocks_run(tmp_path: Path):
     use, load, four_bit, stream = PYTHON_BLOCKS
     # it goes on where the first begins to train; 60 steps once are enough
-    four_bit = use.partition("Trainer(")[0].replace("max_steps=60", "max_steps=6") + four_bit
+    four_bit = use.partition("attach(Trainer(")[0].replace("max_steps=60", "max_steps=6") + four_bit
     stream = use.partition("model = get_peft_model")[0] + stream
     # from_pretrained prefers a local folder to the Hub, so the model's name can stay as it is.
     model = tmp_path / "HuggingFaceTB" / "SmolLM2-135M"
@@ -42,7 +42,7 @@ def test_python_blocks_run(tmp_path: Path):
     param_ratio, model_param_ratio, num_bytes = printed[1].split()[:3]
     assert 0.5 < float(param_ratio) <= 0.6 < float(model_param_ratio) < 1
     assert int(num_bytes) > 0
-    assert re.search(r"[\d.]+ \(1,022 tokens, window 512\)", printed[1])
+    assert re.search(r"[\d.]+ \(1,022 tokens, window 512, no BOS in front\)", printed[1])
 
 
 def test_the_main_block_is_short():
@@ -52,13 +52,28 @@ def test_the_main_block_is_short():
 
 
 def test_files_that_are_named_exist():
-    names = set(re.findall(r"`((?:lora_svd|recipes)/[\w./]+)`", README))
-    assert len(names) > 10
+    names = set(re.findall(r"`((?:lora_svd|recipes|benchmarks)/[\w./]+)`", README))
+    assert len(names) > 4
     assert [name for name in sorted(names) if not (ROOT / name).exists()] == []
-    bare = re.search(r"## Files\n(.*?)\n## ", README, re.DOTALL)
-    assert bare is not None
-    modules = set(re.findall(r"`(?:lora_svd/)?(\w+\.py)`", bare[1]))
-    assert modules == {path.name for path in (ROOT / "lora_svd").glob("*.py")} - {"__init__.py", "errors.py"}
+
+
+def test_every_folder_and_file_stands_in_a_table():
+    package = ROOT / "lora_svd"
+    assert first_column("in `lora_svd/`") == {
+        *(path.name for path in package.glob("*.py") if path.name != "__init__.py"),
+        *(f"{path.parent.name}/" for path in package.glob("*/__init__.py")),
+    }
+    assert first_column("beside it") == {
+        *(path.name for path in ROOT.glob("*.py") if path.name != "conftest.py"),
+        *("benchmarks/", "notebooks/", "recipes/", "tests/"),
+    }
+
+
+def first_column(heading: str) -> set[str]:
+    """The names in the first column of a table, by its heading."""
+    rows = re.search(rf"^\| {heading} .*\n\|---\|---\|\n((?:\|.*\n)+)", README, re.MULTILINE)
+    assert rows is not None
+    return {name for row in rows[1].splitlines() for name in re.findall(r"`([\w./]+)`", row.split("|")[1])}
 
 
 def test_presets_are_those_of_the_code():

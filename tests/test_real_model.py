@@ -64,7 +64,7 @@ def test_quickstart_in_a_few_steps(tmp_path: Path):
 @pytest.mark.timeout(300)
 def test_sentence_encoder(tmp_path: Path) -> None:
     """all-MiniLM-L6-v2, trained for a few steps on two views of the same sentences: embeddings stay where they were."""
-    run("recipes/benchmarks/task_data.py", "--cache", tmp_path)
+    run("benchmarks/task_data.py", "--cache", tmp_path)
     reviews = [(tmp_path / "movie_reviews" / f"{name}.jsonl").read_text().splitlines() for name in ("train", "dev")]
     assert [len(lines) for lines in reviews] == [8484, 2121]
     assert {json.loads(line)["label"] for line in reviews[1]} == {0, 1}

@@ -13,7 +13,7 @@ from test_resume import SCHEDULES, assert_resumes
 from lora_svd import LoraSVDError
 from lora_svd.compression import layer_metrics
 from lora_svd.decompositions.svd import weighted_svd
-from lora_svd.distillation import distillation_loss, label_positions
+from lora_svd.tuner.distillation import distillation_loss, label_positions
 
 LOOSE = {"rtol": 1e-3, "atol": 1e-4}
 
@@ -133,7 +133,7 @@ def test_factors_are_trained_if_asked(tmp_path: Path) -> None:
         torch.manual_seed(0)
         model = wrap(warmup=2, train_factors=train_factors)
         make_trainer(model, tmp_path / "short", steps=2).train()
-        start = {name: value for name, value in tensors(model).items() if "lora_svd_left" in name}
+        start = {name: value for name, value in tensors(model).items() if ".factors.left" in name}
         torch.manual_seed(0)
         model = wrap(warmup=2, train_factors=train_factors)
         make_trainer(model, tmp_path / "long", steps=6).train()
@@ -183,7 +183,7 @@ def test_compressed_adapter_with_trained_factors_reloads(tmp_path: Path) -> None
 
 def weights(model) -> dict[str, torch.Tensor]:
     """What the factors stand for, by layer."""
-    layers = dict(model.base_model._tuner_layers("default"))
+    layers = model.base_model.run().layers
     return {name: factors.product().detach() for name, layer in layers.items() if (factors := layer.factors("default"))}
 
 
@@ -193,11 +193,11 @@ def test_trained_factors_are_carried_to_other_sizes(tmp_path: Path) -> None:
     model = wrap(param_ratio=0.4, warmup=2, train_factors=True, row_shrinkage=0.1, column_shrinkage=0.1)
     make_trainer(model, tmp_path, steps=6, learning_rate=3e-2).train()
     tuner, trained = model.base_model, weights(model)
-    frozen = {name: layer.dense_weight().double() for name, layer in tuner._tuner_layers("default")}
+    frozen = {name: layer.dense_weight().double() for name, layer in tuner.run().layers.items()}
     tuner.set_param_ratio(0.8)
     larger = weights(model)
     tuner.set_param_ratio(1.0)
-    _, inputs, settings = tuner._pipeline("default")
+    inputs, settings = tuner.run().inputs(), tuner.run().settings
     for name, weight in weights(model).items():  # full rank: nothing is cut
         start = inputs[name]
         metrics = layer_metrics(name, start, settings)

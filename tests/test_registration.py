@@ -19,9 +19,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, core_model_loadi
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from lora_svd import LoraSVDConfig, LoraSVDError, LoraSVDModel, register
-from lora_svd.compact import LoraSVDCompactConfig, LoraSVDCompactQuantizer
-from lora_svd.peft_type import LORA_SVD
+from lora_svd import LoraSVDConfig, LoraSVDError, LoraSVDModel
+from lora_svd.compact.description import LoraSVDCompactConfig
+from lora_svd.compact.loader import LoraSVDCompactQuantizer
+from lora_svd.config import LORA_SVD
+from lora_svd.registration import register
 
 TABLES = [
     (mapping.PEFT_TYPE_TO_CONFIG_MAPPING, "LORA_SVD", LoraSVDConfig),

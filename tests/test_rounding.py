@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_svd.rounding import fit_scales, mix, nearest_levels, refit_left, round_weight
+from lora_svd.compact.convert import compact_module, dense_weight
+from lora_svd.compact.rounding import fit_scales, mix, nearest_levels, refit_left, round_weight
+from lora_svd.decompositions import Factors, pivot
+from lora_svd.decompositions.pivots import spread_rows
+from lora_svd.decompositions.svd import weighted_svd
+from lora_svd.linalg import Metrics
 
 LEVELS = torch.tensor([0.4, -1.0, 0.0, 1.0, -0.2], dtype=torch.float64)  # in no order
 
@@ -111,3 +116,79 @@ def test_fitted_scales_cost_less_than_the_largest_magnitude() -> None:
         for scale in (fit_scales(numbers, levels, 64)[:, None], numbers.abs().amax(1, keepdim=True))
     ]
     assert errors[0] < 0.9 * errors[1]
+
+
+# -- pivoted factors in half precision ---------------------------------------------------------------------------------
+
+
+def steep(size: int, power: float, seed: int) -> Tensor:
+    """A metric whose eigenvalues fall like a power, with a mean of 1 on its diagonal."""
+    basis = torch.linalg.qr(random(size, size, seed=seed)).Q
+    metric = basis @ torch.diag(torch.arange(1, size + 1, dtype=torch.float64) ** -power) @ basis.T
+    return (metric + metric.T) / (2 * metric.diagonal().mean())
+
+
+def in_metrics(error: Tensor, metrics: Metrics) -> float:
+    return float(((metrics.row @ error) * (error @ metrics.column)).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("shape", "rank", "power"), [((576, 576), 320, 1.5), ((300, 120), 70, 1.5), ((120, 300), 70, 1.0)], ids=str
+)
+def test_pivoted_factors_round_as_little_as_balanced_ones(
+    shape: tuple[int, int], rank: int, power: float, dtype: torch.dtype
+) -> None:
+    """Below 5 % of what truncation costs, in metrics whose eigenvalues fall like i^-1.5."""
+    weight = random(*shape)
+    metrics = Metrics(steep(shape[0], power, 3), steep(shape[1], power, 4))
+    factors = weighted_svd(weight, metrics, rank)
+    truncated = in_metrics(weight - factors.product(), metrics)
+    base = nn.Linear(shape[1], shape[0], bias=False, dtype=dtype)
+    errors = {
+        kind: in_metrics(
+            weight - dense_weight(compact_module(factors, base, base.weight, kind, lambda: metrics)), metrics
+        )
+        for kind in ("pivoted", "factors")
+    }
+    assert errors["pivoted"] < 1.05 * truncated
+    assert errors["pivoted"] - truncated < 1.5 * (errors["factors"] - truncated)
+    plain = pivot(factors)
+    rows, coefficients = (part.to(dtype).double() for part in (plain.rows, plain.coefficients))
+    nearest = torch.cat([rows, coefficients @ rows])[plain.order.argsort()]
+    assert errors["pivoted"] - truncated < 0.3 * (in_metrics(weight - nearest, metrics) - truncated)
+
+
+@pytest.mark.parametrize("kind", ["zero", "low rank", "zero rows", "equal rows"])
+def test_pivots_of_weights_out_of_the_ordinary(kind: str) -> None:
+    left, right = random(20, 6, seed=5), random(6, 9, seed=6)
+    if kind == "zero":
+        left = torch.zeros_like(left)
+    elif kind == "low rank":
+        left[:, 3:] = left[:, :3]
+    elif kind == "zero rows":
+        left[4:] = 0
+    elif kind == "equal rows":
+        left[6:] = left[:1]
+    base = nn.Linear(9, len(left), bias=False, dtype=torch.bfloat16)
+    compact = compact_module(Factors(left, right), base, base.weight, "pivoted")
+    assert sorted(compact.order.tolist()) == list(range(len(left)))
+    assert (dense_weight(compact) - left @ right).norm() <= 0.01 * (left @ right).norm()
+
+
+@pytest.mark.parametrize("count", [1, 5, 30])
+def test_rows_that_are_left_out_are_those_that_cost_least(count: int) -> None:
+    """One by one, by brute force."""
+    basis = torch.linalg.qr(random(40, 40 - count, seed=7)).Q * random(40, 1, seed=8).exp()
+    kept = list(range(40))
+
+    def trace(rows: list[int]) -> float:
+        return float(torch.linalg.inv(basis[rows].T @ basis[rows]).trace())
+
+    for _ in range(count):
+        kept = min(([*kept[:i], *kept[i + 1 :]] for i in range(len(kept))), key=trace)
+    order = spread_rows(basis)
+    found = order[: 40 - count].tolist()
+    assert sorted(order.tolist()) == list(range(40))
+    assert found == sorted(found)
+    assert trace(found) < 1.05 * trace(kept)

@@ -12,12 +12,15 @@ examples = settings(max_examples=100, deadline=None, derandomize=True, database=
 
 
 def budgets(**changes):
-    """step -> budget where something is to be done."""
+    """step -> budget where it falls."""
     schedule = build_schedule(
         **{"warmup": 4, "compression": 0, "interval": 1, "total_steps": 20, "param_ratio": 0.4, **changes}
     )
-    found = {step: schedule.budget(step) for step in range(schedule.total_steps)}
-    return {step: budget for step, budget in found.items() if budget is not None}
+    found, before = {}, None
+    for step in range(schedule.total_steps):
+        if (budget := schedule.budget(step)) != before:
+            found[step] = before = budget
+    return found
 
 
 def test_one_shot_compresses_once_when_the_last_step_of_the_warmup_was_observed():
@@ -66,19 +69,18 @@ def test_every_run_ends_at_the_target_by_falling_budgets(**chosen):
     assert all(chosen["param_ratio"] <= budget <= 1 for budget in found)
 
 
-def test_nothing_happens_outside_the_run():
+def test_the_target_is_in_force_from_its_step_on():
     schedule = build_schedule(warmup=2, compression=2, interval=1, total_steps=10, param_ratio=0.5)
     assert schedule.budget(-1) is None
-    assert all(schedule.budget(step) is None for step in range(4, 30))
+    assert schedule.budget(2) > 0.5
+    assert all(schedule.budget(step) == 0.5 for step in range(3, 30))
 
 
-def test_what_was_missed_is_made_up_for():
+def test_a_budget_is_in_force_for_an_interval():
     schedule = build_schedule(warmup=2, compression=6, interval=3, total_steps=10, param_ratio=0.5)
-    late = {step: schedule.budget(step, compressed=False) for step in range(10)}
-    assert late[0] is None
-    assert [late[step] for step in (1, 4)] == [schedule.budget(step) for step in (1, 4)]
-    assert late[1] > late[2] > late[3] > late[4]
-    assert late[7] == late[8] == late[9] == 0.5
+    found = [schedule.budget(step) for step in range(10)]
+    assert found[0] is None
+    assert found[1] == found[2] == found[3] > found[4] == found[5] == found[6] > found[7] == found[8] == found[9] == 0.5
 
 
 @pytest.mark.parametrize("total_steps", [None, 0, -1])

@@ -7,14 +7,16 @@ import reference
 import torch
 from models import LLAMA
 from models import settings as llama_settings
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_svd import LoraSVDConfig
 from lora_svd.importance import IMPORTANCES
-from lora_svd.layer import LoraSVDLinear
 from lora_svd.statistics import STATISTICS, pack, unpack
-from lora_svd.tokens import SharedGram, observe_tokens
+from lora_svd.statistics.shared import SharedGram
+from lora_svd.statistics.tokens import observe_tokens
+from lora_svd.tuner.layer import LoraSVDLinear
 
 NAMES = ("query", "key", "out")
 TOKEN_STATISTICS = [name for name, statistic in STATISTICS.items() if statistic.per == "token"]
@@ -57,8 +59,8 @@ def adapted_dense(model, base):
     dense = copy.deepcopy(base).double()
     for name in NAMES:
         layer = tuner_layer(model, name)
-        A, B = layer.lora_svd_A["default"].detach().double(), layer.lora_svd_B["default"].detach().double()
-        dense.get_submodule(name).weight.data += layer.scaling["default"] * B @ A
+        A, B = layer.adapter("default").A.detach().double(), layer.adapter("default").B.detach().double()
+        dense.get_submodule(name).weight.data += layer.adapter("default").scaling * B @ A
     return dense.requires_grad_(True)
 
 
@@ -99,9 +101,6 @@ def expected(model, base, batches):
         name: {
             **reference.token_statistics(recorder.pairs(name)),
             **weight_gradients(squares[name] / samples),
-            "lora_gradient_gram": reference.lora_gradient_gram(
-                recorder.pairs(name), tuner_layer(model, name).lora_svd_A["default"].detach()
-            ),
         }
         for name in NAMES
     }
@@ -238,11 +237,11 @@ def test_equal_sums_of_layers_with_one_input_take_memory_once() -> None:
     for x in (first, second):
         sample_losses(model(x), mask).sum().backward()
     before = masked_gram(torch.cat([first, second]), torch.cat([mask, mask])[..., None])
-    assert query.lora_svd_input_gram["default"] is key.lora_svd_input_gram["default"]
+    assert query.adapter("default").observer["input_gram"] is key.adapter("default").observer["input_gram"]
     saved = [value for name, value in model.state_dict().items() if "input_gram" in name]
     assert len({value.data_ptr() for value in saved}) == len(NAMES)  # or what saves tensors leaves doubles out
     query(third).square().sum().backward()
-    grams = {layer: layer.lora_svd_input_gram["default"] for layer in (query, key)}
+    grams = {layer: layer.adapter("default").observer["input_gram"] for layer in (query, key)}
     assert reference.relative_error(grams[key], before) < 1e-6
     assert reference.relative_error(grams[query], before + masked_gram(third, torch.ones(4, 6, 1))) < 1e-6
 
@@ -384,3 +383,27 @@ def test_statistics_take_half_once_they_are_complete(importance: str) -> None:
     model.base_model.set_param_ratio(0.5)
     for name, found in factors.items():
         assert found is None or torch.equal(tuner_layer(model, name).factors("default").left, found.left)
+
+
+@pytest.mark.parametrize("importance", ["lora_activation", "lora_diagonal"])
+def test_adapters_saved_before_statistics_were_renamed_or_added_go_on(importance, tmp_path):
+    """``signed_output_gram`` under its former name, and no ``input_sum``, which no metric reads."""
+    model = adapt(Branches(), importance)
+    (x, mask), *_ = random_batches((3, 6, 5))
+    observe(model, [(x, mask)])
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    former = {name.replace("signed_output_gram", "lora_gradient_gram"): t for name, t in saved.items()}
+    save_file(
+        {name: t for name, t in former.items() if "input_sum" not in name}, tmp_path / "adapter_model.safetensors"
+    )
+    again = PeftModel.from_pretrained(Branches(), tmp_path, is_trainable=True)
+    expected = tuner_layer(model, "query").statistics("default")
+    found = tuner_layer(again, "query").statistics("default")
+    assert found.sums.keys() == expected.sums.keys() - {"input_sum"}
+    assert all(torch.equal(found.sums[name], expected.sums[name]) for name in found.sums)
+    sample_losses(again(x), mask).sum().backward()
+    again.base_model.update_and_allocate(1, total_steps=10)
+    assert tuner_layer(again, "query").statistics("default").counts["step"] == 2
+    again.base_model.set_param_ratio(0.5)
+    assert all(tensor.isfinite().all() for tensor in again.state_dict().values())

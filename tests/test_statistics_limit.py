@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from lora_svd import LoraSVDCallback, LoraSVDConfig, LoraSVDError
+from lora_svd.cli.report import TrainedRun
 from lora_svd.decompositions.svd import weighted_svd
-from lora_svd.html_report import TrainedRun
 from lora_svd.importance import IMPORTANCES
 from lora_svd.linalg import Metrics, gram, shrink
-from lora_svd.sketch import between, expand, sketched_gram
 from lora_svd.statistics import STATISTICS
-from lora_svd.statistics_limit import choose_sketches, statistics_bytes
+from lora_svd.statistics.limit import choose_sketches, statistics_bytes
+from lora_svd.statistics.sketch import between, expand, sketched_gram
 
 LIMITED = r"statistics_limit: in \d+ bytes"
 ignore_limited = pytest.mark.filterwarnings(r"ignore:statistics_limit")
@@ -138,9 +138,8 @@ def test_factorization_with_a_sketch_is_near_the_best_and_with_the_diagonal_it_i
 
 def kept_bytes(model: nn.Module) -> int:
     """Of the statistics, each layer's counted."""
-    kinds = [f".lora_svd_{kind}." for kind in (*STATISTICS, "counts")]
     buffers = model.named_buffers(remove_duplicate=False)
-    kept = [buffer for name, buffer in buffers if any(kind in name for kind in kinds)]
+    kept = [buffer for name, buffer in buffers if ".observer." in name]
     return sum(buffer.numel() * buffer.element_size() for buffer in kept)
 
 
@@ -170,7 +169,7 @@ def test_statistics_of_a_run_stay_under_the_limit(importance: str, tmp_path: Pat
     share = sum(trained.sketched().values())
     assert 0 < share < 0.6
     assert f"with {share:.1%} of the targeted parameters" in said
-    for name, layer in model.base_model._tuner_layers("default"):
+    for name, layer in model.base_model.run().layers.items():
         is_sketched = any(t.dim() == 2 and t.shape[0] < t.shape[1] for t in layer.statistics("default").sums.values())
         assert is_sketched == (name in trained.sketched()) == (name in said)
     for param_ratio in (0.9, 0.4):
@@ -218,8 +217,8 @@ def test_adapter_with_sketches_is_loaded_and_needs_its_limit(tmp_path: Path) -> 
     assert again.peft_config["default"].statistics_limit == 60_000
     assert kept_bytes(again) <= 60_000
     again.add_adapter("second", settings(statistics_limit=60_000))
-    assert any(layer.is_sketched("second") for _, layer in again.base_model._tuner_layers("second"))
-    with pytest.raises(LoraSVDError, match=r"lora_svd_lora_gradient_gram: has shape \(3, 32\) .* \(32, 32\)"):
+    assert any(layer.adapter("second").observer.is_sketched for layer in again.base_model.run("second").layers.values())
+    with pytest.raises(LoraSVDError, match=r"observer.signed_output_gram: has shape \(3, 32\) .* \(32, 32\)"):
         wrap(**SCHEDULES["one-shot"]).load_adapter(start, "default", is_trainable=True)
     other = wrap(ARCHITECTURES["llama"], **SCHEDULES["one-shot"], statistics_limit=60_000)
     make_trainer(other, tmp_path / "other", steps=12).train(resume_from_checkpoint=str(start))
@@ -232,10 +231,11 @@ def test_statistics_device_holds_sums_and_not_counts() -> None:
         config = LoraSVDConfig(target_modules=["0"], statistics_device=chosen)
         with torch.device("meta"):
             layer = get_peft_model(nn.Sequential(nn.Linear(5, 3)), config).base_model.model[0]
-        layer._accumulate("default", "gradient_rows", torch.ones(3, device=expected))
-        layer._count("default", "step", 1)
-        assert layer._state("gradient_rows")["default"].device.type == expected
-        assert layer._state("counts")["default"].device.type == "meta"
+        adapter = layer.adapter("default")
+        adapter.observer.add("gradient_rows", torch.ones(3, device="meta" if chosen is None else "cpu"), layer.shared)
+        adapter.observer.count("step", 1, adapter.A.device)
+        assert adapter.observer["gradient_rows"].device.type == expected
+        assert adapter.observer["counts"].device.type == "meta"
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from lora_svd import LoraSVDError
-from lora_svd.compact import dense_weight, parameter_report
-from lora_svd.compact.low_rank import LowRankLinear
+from lora_svd.compact import parameter_report
+from lora_svd.compact.convert import LowRankLinear, dense_weight
 from lora_svd.decompositions.svd import weighted_svd
 from lora_svd.linalg import Metrics, shrink
 from lora_svd.streaming import cache, compress, compress_checkpoint
@@ -195,7 +195,11 @@ def test_other_arguments_do_not_go_on(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("name", "choices", "says"),
     [
-        ("llama", {}, "importance: got 'lora_activation', which looks at the gradients of a LoRA .* expected one of"),
+        (
+            "llama",
+            {"importance": "lora_diagonal"},
+            "importance: got 'lora_diagonal', which looks at the gradients of a LoRA .* expected one of",
+        ),
         (
             "llama",
             {"importance": "none", "decomposition": "kronecker", "factor_format": "factors"},

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from test_damaged_checkpoints import cut, files_up_to, flip_bit
 from tiny_lm import save_tiny_lm
 
-import lora_svd
 from lora_svd import LoraSVDError
-from lora_svd.checkpoints import check_checkpoint, last_whole_checkpoint
-from lora_svd.recipe import read_recipe
-from lora_svd.run import _train, load_model
+from lora_svd.cli.compress import _train
+from lora_svd.cli.inputs import load_model
+from lora_svd.cli.recipe import read_recipe
+from lora_svd.tuner.adapter import part_of
+from lora_svd.tuner.checkpoints import check_checkpoint, last_whole_checkpoint
 
 STEPS = 6
-SCRIPT = Path(__file__).parents[1] / "recipes/benchmarks/kill_and_resume.py"
 ADAPTER = "adapter_model.safetensors"
 
 
@@ -141,9 +138,10 @@ UP = "base_model.model.model.layers.0.mlp.up_proj"
 
 @pytest.mark.parametrize("part", ["A", "B", "left", "right"])
 def test_adapter_with_a_missing_or_renamed_tensor(part: str, folder: Path) -> None:
+    key = f"{UP}.lora_svd_adapters.{part_of(part)}"
     with edited_adapter(folder) as (checkpoint, found):
-        found[f"{UP}.lora_svd_{part}_"] = found.pop(f"{UP}.lora_svd_{part}")
-    with pytest.raises(LoraSVDError, match=rf"layers\.0\.mlp\.up_proj\.lora_svd_{part}: missing in this adapter"):
+        found[f"{key}_"] = found.pop(key)
+    with pytest.raises(LoraSVDError, match=rf"layers\.0\.mlp\.up_proj\.\S+{part}: missing in this adapter"):
         PeftModel.from_pretrained(LLAMA.build(), checkpoint)
     with pytest.raises(LoraSVDError, match="missing in this adapter"):
         run(folder, str(checkpoint))
@@ -151,9 +149,10 @@ def test_adapter_with_a_missing_or_renamed_tensor(part: str, folder: Path) -> No
 
 @pytest.mark.parametrize("part", ["A", "B", "left", "right", "input_gram", "counts"])
 def test_adapter_with_a_tensor_of_another_shape(part: str, folder: Path) -> None:
+    key = f"{UP}.lora_svd_adapters.{part_of(part)}"
     with edited_adapter(folder) as (checkpoint, found):
-        found[f"{UP}.lora_svd_{part}"] = found[f"{UP}.lora_svd_{part}"][1:].clone()
-    with pytest.raises(LoraSVDError, match=r"up_proj\.lora_svd_\w+: has shape \(\d+.* in this adapter, expected \(\d+"):
+        found[key] = found[key][1:].clone()
+    with pytest.raises(LoraSVDError, match=r"up_proj\.lora_svd_\S+: has shape \(\d+.* in this adapter, expected \(\d+"):
         PeftModel.from_pretrained(LLAMA.build(), checkpoint)
 
 
@@ -190,23 +189,3 @@ def test_recipe_resumes_from_the_last_whole_checkpoint(tmp_path: Path, monkeypat
     with pytest.warns(UserWarning, match="checkpoint-4"):
         train()
     assert_bit_equal(state_of(tmp_path / "out"), expected)
-
-
-def test_killed_runs_end_as_one_that_was_left_alone(tmp_path: Path) -> None:
-    """The benchmark with a few kills: real processes, SIGKILL, one in every phase."""
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "--kills",
-        "6",
-        "--kills_per_run",
-        "7",
-        "--results",
-        str(tmp_path / "found"),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(Path(lora_svd.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in (tmp_path / "found").read_text().splitlines()]
-    assert sum(sum(line["kills"].values()) for line in found) >= 6
-    assert all(not line["different"] and line["export_whole_after_every_kill"] for line in found)

@@ -28,7 +28,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lora_svd import LoraSVDError
-from lora_svd.compact import dense_weight, densify, keep_unpacked, parameter_report, save_compact
+from lora_svd.compact import densify, parameter_report, save_compact
+from lora_svd.compact.bnb import keep_unpacked
+from lora_svd.compact.convert import dense_weight
 
 PLAIN_PROCESS = """
 import sys

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -30,12 +30,20 @@ def make_text(num_words: int, seed: int = 0) -> str:
     return " ".join(chosen)
 
 
-def save_tiny_lm(folder: Path, positions: int = POSITIONS, *, hidden: int = 32, intermediate: int = 48) -> Path:
-    """Save a random Llama with grouped-query attention and tied embeddings, and a tokenizer of one token a word."""
+def save_tiny_lm(
+    folder: Path, positions: int = POSITIONS, *, hidden: int = 32, intermediate: int = 48, template: str = ""
+) -> Path:
+    """Save a random Llama with grouped-query attention and tied embeddings, and a tokenizer of one token a word.
+
+    ``template`` says which special tokens the tokenizer adds to a text, as in "<s> $A"; empty: none.
+    """
     torch.manual_seed(0)
     vocabulary = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if template:
+        special = [(word, index) for word, index in vocabulary.items() if word in template.split()]
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
     ).save_pretrained(folder)

@@ -7,8 +7,8 @@ from string import Template
 
 from transformers import PreTrainedModel
 
-from .report import ParameterReport, parameter_report
-from .self_contained import MODULE, auto_classes
+from .remote_code import MODULE, auto_classes
+from .size import ParameterReport, parameter_report
 
 _TEMPLATE = Template("""\
 ---

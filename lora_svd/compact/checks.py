@@ -7,20 +7,17 @@ saved or all tensors are there; a missing one gets random numbers from transform
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from ..checkpoints import checksum
 from ..errors import LoraSVDError
-from .standalone import LowRankLinear
+from .folder import checksum
+from .host import is_left_out, names_in_model, tied_weights
+from .layers import LowRankLinear
 
 
 def check_types(
@@ -87,23 +84,8 @@ def saved_shapes(files: Iterable[str], folder: str | None, checksums: Mapping[st
     return shapes
 
 
-def names_in_model(
-    model: PreTrainedModel, keys: Iterable[str], known: dict[str, Tensor] | None = None
-) -> dict[str, tuple[str, bool]]:
-    """Name in the model of each saved tensor, and whether it is put together from several while it is loaded.
-
-    With ``known``, the model's state dict, a model with a head is found in the files of one without, and the reverse.
-    """
-    changes = get_model_conversion_mapping(model)
-    converters = [change for change in changes if isinstance(change, WeightConverter)]
-    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
-    prefix = None if known is None else model.base_model_prefix
-    renamed = {key: rename_source_key(key, renamings, converters, prefix, known) for key in keys}
-    return {key: (name, pattern is not None) for key, (name, pattern) in renamed.items()}
-
-
-def check_tensors(model: PreTrainedModel, shapes: Mapping[str, list[int]], packed: Iterable[str]) -> None:
-    """Raise if a tensor of the (empty) model is not saved, or in another shape.
+def check_tensors(model: PreTrainedModel, shapes: Mapping[str, list[int]], packed: Iterable[str]) -> list[str]:
+    """Raise if a tensor of the (empty) model is not saved, or in another shape; returns those that need not be.
 
     A model of the class that was saved needs all of its tensors, one of another class (a new head) those of
     its low-rank layers. Shapes are compared except of ``packed`` tensors and of heads, for which there is
@@ -115,15 +97,9 @@ def check_tensors(model: PreTrainedModel, shapes: Mapping[str, list[int]], packe
     saved = {name for name, _ in names.values()}
     ours = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LowRankLinear))
     complete = type(model).__name__ in (model.config.architectures or ())
-    tied = {**model.all_tied_weights_keys, **{b: a for a, b in model.all_tied_weights_keys.items()}}
-    left_out = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
-    missing = [
-        name
-        for name in expected
-        if name not in saved
-        and (complete or name.startswith(ours))
-        and not (tied.get(name) in saved or any(re.search(pattern, name) for pattern in left_out))
-    ]
+    tied = tied_weights(model)
+    unsaved = [name for name in expected if not (name in saved or tied.get(name) in saved)]
+    missing = [name for name in unsaved if (complete or name.startswith(ours)) and not is_left_out(model, name)]
     if missing:
         unknown = sorted(key for key, (name, converted) in names.items() if name not in expected and not converted)
         raise LoraSVDError(
@@ -138,3 +114,4 @@ def check_tensors(model: PreTrainedModel, shapes: Mapping[str, list[int]], packe
                 f"{key}: has shape {shapes[key]} in this compact checkpoint, the model expects {expected[name]}; "
                 "restore the config.json that was saved with it"
             )
+    return unsaved

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import LoraSVDError
-from .loader import mark
-from .low_rank import dense_module, dense_weight
-from .quantized import keep_unpacked
-from .self_contained import MODULE
-from .standalone import LowRankLinear, TiedHead
-from .stored import full_precision, is_quantized
+from .bnb import dtype_between, full_precision, has_quantized_weight, keep_unpacked
+from .convert import dense_module, dense_weight
+from .host import mark_quantized
+from .layers import LowRankLinear, TiedHead
+from .remote_code import MODULE
 
 
+@torch.inference_mode(False)  # or the model could not be trained
 @torch.no_grad()
 def densify(model: PreTrainedModel) -> PreTrainedModel:
     """Put a dense layer in the place of every low-rank or quantized one, in place, and return the model.
@@ -51,19 +51,20 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
     replaced = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, LowRankLinear) or is_quantized(getattr(module, "weight", None))
+        if isinstance(module, LowRankLinear) or has_quantized_weight(module)
     }
     factors = {f"{name}.{side}" for name in replaced for side in ("left", "right")}
+    dtype = dtype_between(model.parameters())
     for name, module in replaced.items():
         if name not in factors:
-            model.set_submodule(name, _dense(module, plain.get_submodule(name)))
+            model.set_submodule(name, _dense(module, plain.get_submodule(name), dtype))
     for name, embedding in heads.items():
         head = cast(nn.Linear, plain.get_submodule(name))
         head.weight = cast(nn.Embedding, model.get_submodule(embedding)).weight
         model.set_submodule(name, head)
         model.all_tied_weights_keys = plain.all_tied_weights_keys
     model.__class__, model.config = type(plain), config
-    mark(model, None)
+    mark_quantized(model, None)
     return model
 
 
@@ -73,12 +74,16 @@ def _architecture(model: PreTrainedModel) -> Any:
     return given.__base__ if given.__module__.endswith(f".{MODULE}") else given
 
 
-def _dense(module: nn.Module, like: nn.Module) -> nn.Module:
-    """A module of the class of ``like`` with the weight, bias, type and device of ``module``."""
+def _dense(module: nn.Module, like: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A module of the class of ``like`` with the weight, bias and device of ``module``, and its type.
+
+    dtype: of a weight that is quantized.
+    """
     given: Any = module
     if isinstance(module, LowRankLinear):
-        bias, weight = module.left.bias if module.bias is None else module.bias, dense_weight(module)
-        weight = weight.to(given.weight.device, given.weight.dtype)
+        kept = None if has_quantized_weight(module.right) else module.right.weight.dtype
+        weight = dense_weight(module).to(module.right.weight.device, kept or dtype)
     else:
-        bias, weight = given.bias, full_precision(module)
+        weight = full_precision(module).to(dtype)
+    bias = given.bias
     return dense_module(weight, like, bias if isinstance(bias, Tensor) else None).train(module.training)

@@ -7,85 +7,21 @@ package makes dense layers, whose ``weight`` has another shape than the marker i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..allocation import FACTOR_FORMATS
 from ..errors import LoraSVDError
-from .checks import check_tensors, check_types, saved_shapes
-from .quantized import empty_quantized, inner_quantizer, keep_unpacked, quantized_names
-from .standalone import LowRankEmbedding, LowRankLinear, empty_low_rank, layer_features, tie_head
-
-FORMAT_VERSION = 1
-
-
-class LoraSVDCompactConfig(QuantizationConfigMixin):
-    """What a compact checkpoint says about itself.
-
-    Attributes:
-        ranks: stored rank of each targeted module; one that is stored dense has ``min(out, in)``.
-        splits: [m1, n1] of the modules that are sums of Kronecker products, as in ``LowRankLinear``.
-        tied: the low-rank embedding by the name of the output layer that uses it.
-        factor_format: "pivoted" or "factors".
-        dense_parameters: numbers in the targeted weights before compression, the denominator of ``param_ratio``.
-        tied_parameters: those of them that were the weight of another module as well (a head tied to the embedding).
-        method: how it was made: importance, allocation, decomposition, compensation (of a bypass, if there was one).
-        bitsandbytes: a ``BitsAndBytesConfig`` as a dict, if some weights are quantized.
-        quantized: names of the linear layers, factors included, whose weights are.
-        checksums: SHA-256 of the weights' files by name, if ``save_compact`` wrote them; checked while loading.
-        format_version: of the layout of the tensors.
-    """
-
-    def __init__(
-        self,
-        ranks: Mapping[str, int] | None = None,
-        factor_format: str = "pivoted",
-        dense_parameters: int = 0,
-        tied_parameters: int = 0,
-        method: Mapping[str, Any] | None = None,
-        bitsandbytes: Mapping[str, Any] | None = None,
-        quantized: Iterable[str] = (),
-        checksums: Mapping[str, str] | None = None,
-        splits: Mapping[str, list[int]] | None = None,
-        tied: Mapping[str, str] | None = None,
-        format_version: int = FORMAT_VERSION,
-        **_: Any,
-    ) -> None:
-        if format_version != FORMAT_VERSION:
-            raise LoraSVDError(
-                f"format_version: this compact checkpoint has {format_version!r}, this package reads {FORMAT_VERSION}; "
-                "upgrade lora_svd"
-            )
-        if factor_format not in FACTOR_FORMATS:
-            raise LoraSVDError(
-                f"factor_format: unknown value {factor_format!r}, expected one of {sorted(FACTOR_FORMATS)}"
-            )
-        check_types(
-            ranks,
-            quantized,
-            splits,
-            counts={"dense_parameters": dense_parameters, "tied_parameters": tied_parameters},
-            mappings={"method": method, "bitsandbytes": bitsandbytes, "checksums": checksums, "tied": tied},
-        )
-        self.quant_method: Any = "lora_svd"
-        self.ranks = dict(ranks or {})
-        self.splits = dict(splits or {})
-        self.tied = dict(tied or {})
-        self.factor_format = factor_format
-        self.dense_parameters = dense_parameters
-        self.tied_parameters = tied_parameters
-        self.method = dict(method or {})
-        self.bitsandbytes = dict(bitsandbytes) if bitsandbytes else None
-        self.quantized = list(quantized)
-        self.checksums = dict(checksums or {})
-        self.format_version = format_version
+from .architecture import find_module, put_empty_layers, spellings
+from .bnb import empty_quantized, inner_quantizer, keep_unpacked, quantized_names
+from .checks import check_tensors, saved_shapes
+from .description import LoraSVDCompactConfig
+from .host import mark_quantized
+from .layers import LowRankLinear, expose_output, mark_loaded
 
 
 class LoraSVDCompactQuantizer(HfQuantizer):
@@ -127,30 +63,20 @@ class LoraSVDCompactQuantizer(HfQuantizer):
         prefix = model.base_model_prefix + "."
         plain = {key: shape for key, shape in shapes.items() if key not in packed}
         _check_ranks(config, plain, prefix)
-        for saved_name, rank in config.ranks.items():
-            name, dense = _find(model, saved_name)
-            untie(model, name)
-            if len(plain.get(f"{saved_name}.weight", ())) == 2:  # stored dense, maybe for a head of another size
-                continue
-            _replace(model, name, dense, rank, config.factor_format, config.splits.get(saved_name))
-        for saved_head, saved_name in config.tied.items():
-            (head, module), (name, embedding) = _find(model, saved_head), _find(model, saved_name)
-            if isinstance(embedding, LowRankEmbedding) and isinstance(module, nn.Linear):
-                tie_head(model, head, name)
+        # What is stored dense may be for a head of another size.
+        put_empty_layers(model, config, {name for name in config.ranks if len(plain.get(f"{name}.weight", ())) == 2})
         for saved_name in config.quantized:
-            name, linear = _find(model, saved_name)
+            name, linear = find_module(model, saved_name)
             if isinstance(linear, nn.Linear | Conv1D):
                 model.set_submodule(name, empty_quantized(linear, cast(Any, self._inner).quantization_config))
         if checkpoint_files:
-            check_tensors(model, shapes, packed)
+            mark_loaded(model, missing=check_tensors(model, shapes, packed))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         # Without quantized weights nothing is: casting, training and PEFT treat the model like any other.
-        mark(model, None if self._inner is None else self)
+        mark_quantized(model, None if self._inner is None else self)
         keep_unpacked(model)
-        for module in model.modules():
-            if isinstance(module, LowRankLinear):
-                module.store_left_by_columns()
+        expose_output(model)
         model.config.quantization_config.checksums = {}  # of files that were read; the model may now change
         return model
 
@@ -177,61 +103,9 @@ def _check_ranks(config: LoraSVDCompactConfig, shapes: Mapping[str, list[int]], 
         if named.get(name, rank) != rank:
             raise LoraSVDError(
                 f"{name}: the tensors of this compact checkpoint have rank {rank}, its config.json says {named[name]}; "
-                "restore the config.json that was saved with them"
+                "restore the config.json that was saved with them. If the model was made by its class from a compact "
+                "config, it is dense: del model.config.quantization_config; from_config makes a low-rank one"
             )
-
-
-def spellings(name: str, prefix: str) -> tuple[str, str, str]:
-    """A module's name, as saved, in the model without its head and in one with a head on top."""
-    return name, name.removeprefix(prefix), prefix + name
-
-
-def _find(model: PreTrainedModel, name: str) -> tuple[str, nn.Module]:
-    """The module of that name, also in the model without its head (AutoModel) or with one put on top."""
-    prefix = model.base_model_prefix + "."
-    for candidate in spellings(name, prefix):
-        try:
-            return candidate, model.get_submodule(candidate)
-        except AttributeError:
-            continue
-    if "." not in name or not name.startswith(prefix):  # a head that this class of model does not have
-        return name, nn.Identity()
-    raise LoraSVDError(
-        f"{name}: named in this compact checkpoint's ranks, but {type(model).__name__} has no such module. Load it "
-        "with the class it was saved from"
-    )
-
-
-def _replace(
-    model: PreTrainedModel, name: str, dense: nn.Module, rank: int, factor_format: str, split: list[int] | None
-) -> None:
-    if isinstance(dense, nn.Identity | LowRankLinear):
-        return  # stands for a head that this class of model does not have; or the code of the folder has put it there
-    if not isinstance(dense, Conv1D | nn.Linear | nn.Embedding):
-        raise LoraSVDError(
-            f"{name}: named in this compact checkpoint's ranks, but it is {type(dense).__name__}, expected a linear "
-            "layer or an embedding. Load it with the class it was saved from"
-        )
-    in_features, out_features = layer_features(dense)
-    m1, n1 = split or (out_features, 1)
-    if out_features % m1 or in_features % n1:
-        raise LoraSVDError(
-            f"{name}: the compact checkpoint is split by {split}, expected divisors of {out_features} and {in_features}"
-        )
-    full_rank = min(m1 * n1, out_features // m1 * in_features // n1)
-    if rank > full_rank:
-        raise LoraSVDError(f"{name}: the compact checkpoint gives rank {rank}, expected at most {full_rank}")
-    if rank == full_rank:
-        return
-    with torch.device("meta"):
-        new = empty_low_rank(dense, rank, factor_format, dense.weight.dtype, None if split is None else (m1, n1))
-    model.set_submodule(name, new)
-
-
-def untie(model: nn.Module, name: str) -> bool:
-    """Strike a module off transformers' list of tied weights, since its weight is its own; False if it is not on it."""
-    tied = getattr(model, "all_tied_weights_keys", {})
-    return tied.pop(f"{name}.weight", None) is not None
 
 
 def describe_compact(model: nn.Module, config: LoraSVDCompactConfig, quantization: Any = None) -> None:
@@ -261,28 +135,7 @@ def describe_compact(model: nn.Module, config: LoraSVDCompactConfig, quantizatio
     config.quantized = quantized_names(model)
     if config.quantized:
         config.bitsandbytes = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    mark(model, LoraSVDCompactQuantizer(config) if config.quantized else None)
+    mark_quantized(model, LoraSVDCompactQuantizer(config) if config.quantized else None)
     keep_unpacked(model)
+    expose_output(model)
     model.config.quantization_config = config
-
-
-def mark(model: PreTrainedModel, quantizer: LoraSVDCompactQuantizer | None) -> None:
-    """Let transformers, Trainer and PEFT see whether the model has quantized weights; None: it has none."""
-    for attribute in ("is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer", "quantization_method"):
-        if hasattr(model, attribute):
-            delattr(model, attribute)
-    marks: dict[str, Any] = {"is_quantized": quantizer is not None}
-    if quantizer is not None and (given := quantizer.quantization_config.bitsandbytes):
-        bits = "4bit" if given["load_in_4bit"] else "8bit"
-        marks |= {"hf_quantizer": quantizer, "quantization_method": "lora_svd", f"is_loaded_in_{bits}": True}
-    for attribute, value in marks.items():
-        setattr(model, attribute, value)
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            module.config.__dict__.pop("_is_quantized", None)
-    # Saving reverses what loading did, but bitsandbytes' layers save themselves and their conversions have no reverse.
-    done = getattr(model, "_weight_conversions", None) or []
-    of_quantizer = [any(hasattr(op, "hf_quantizer") for op in getattr(entry, "operations", ())) for entry in done]
-    kept: Any = [entry for entry, drop in zip(done, of_quantizer, strict=True) if not drop]
-    if len(kept) < len(done):
-        model._weight_conversions = kept

@@ -11,10 +11,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoints import checksums
 from ..errors import LoraSVDError
 from .card import card_of
-from .self_contained import write_code
+from .folder import checksums
+from .remote_code import write_code
 
 
 def save_compact(
@@ -34,10 +34,10 @@ def save_compact(
     Reload with ``import lora_svd`` and the auto class that the card names, such as
     ``AutoModelForCausalLM.from_pretrained(folder)``; with ``self_contained`` also without this package, by
     ``from_pretrained(folder, trust_remote_code=True)``, which runs the code that is then saved with it and compares no
-    checksums. With this package it compares the SHA-256 of the weights' files with those in ``config.json`` (about 1 s
-    for a gigabyte), so that a changed bit or a file of another save is found; not a change of ``config.json`` itself,
-    nor of a tokenizer. What was saved by plain ``save_pretrained`` has no checksums: there only files that are cut off,
-    and tensors that are missing or of another shape, are found.
+    checksums. With this package it compares the SHA-256 of the weights' files with those in ``config.json``, so that a
+    changed bit or a file of another save is found; not a change of ``config.json`` itself, nor of a tokenizer. What was
+    saved by plain ``save_pretrained`` has no checksums: there only files that are cut off, and tensors that are missing
+    or of another shape, are found.
 
     Raises:
         LoraSVDError: the folder holds something else than a model, which would be lost, or it cannot be written.

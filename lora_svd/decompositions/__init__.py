@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..linalg import Metrics
 from . import elementwise, kronecker, svd
-from .factors import Factors, PivotedFactors, Split, balance, pivot
+from .factors import Factors, Split, balance, dense_sum
+from .pivots import PivotedFactors, pivot
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Decomposition:
     Attributes:
         spectrum: ``(weight, metrics) -> (full rank,)``, the error that each further rank removes, descending.
         factorize: ``(weight, metrics, rank) -> Factors``, the best approximation of that rank.
-        absorb: ``(factors, bypass, metrics) -> Factors``, of the sum of both, at the rank of the first.
+        absorb_low_rank: ``(factors, bypass, metrics) -> Factors``, the best approximation of the sum of both at the
+            rank of the first, where that takes less than factorizing the dense sum.
         split: ``(out, in) -> Split``, in which order the weight is factorized; ranks, their cost and the shapes of the
             factors are those of the matrix that it makes.
         elementwise: whether it takes ``Metrics.elements``, and no other; factors of a lower rank are then not the
@@ -28,9 +30,15 @@ class Decomposition:
 
     spectrum: Callable[[Tensor, Metrics], Tensor]
     factorize: Callable[[Tensor, Metrics, int], Factors]
-    absorb: Callable[[Factors, Factors, Metrics], Factors]
+    absorb_low_rank: Callable[[Factors, Factors, Metrics], Factors] | None = None
     split: Callable[[int, int], Split] = Split.none
     elementwise: bool = False
+
+    def absorb(self, factors: Factors, bypass: Factors, metrics: Metrics) -> Factors:
+        """The best approximation of the sum of both products at the rank of ``factors``."""
+        if self.absorb_low_rank is not None:
+            return self.absorb_low_rank(factors, bypass, metrics)
+        return self.factorize(dense_sum(factors, bypass), metrics, factors.rank)
 
     @property
     def is_low_rank(self) -> bool:
@@ -39,19 +47,9 @@ class Decomposition:
 
 
 DECOMPOSITIONS: dict[str, Decomposition] = {
-    "svd": Decomposition(spectrum=svd.weighted_spectrum, factorize=svd.weighted_svd, absorb=svd.absorb),
-    "kronecker": Decomposition(
-        spectrum=kronecker.spectrum,
-        factorize=kronecker.factorize,
-        absorb=kronecker.absorb,
-        split=kronecker.kronecker_split,
-    ),
-    "elementwise": Decomposition(
-        spectrum=elementwise.spectrum,
-        factorize=elementwise.factorize,
-        absorb=elementwise.absorb,
-        elementwise=True,
-    ),
+    "svd": Decomposition(svd.weighted_spectrum, svd.weighted_svd, svd.absorb),
+    "kronecker": Decomposition(kronecker.spectrum, kronecker.factorize, split=kronecker.kronecker_split),
+    "elementwise": Decomposition(elementwise.spectrum, elementwise.factorize, elementwise=True),
 }
 
 __all__ = ["DECOMPOSITIONS", "Decomposition", "Factors", "PivotedFactors", "Split", "balance", "pivot"]

@@ -1,4 +1,4 @@
-"""A pair of factors that stands for a weight: low rank, or a sum of Kronecker products; and its pivoted storage."""
+"""A pair of factors that stands for a weight: low rank, or a sum of Kronecker products."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Split:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the matrix that is factorized."""
+        """Shape of the matrix that is factorized."""
         return self.m1 * self.n1, self.m2 * self.n2
 
     @property
@@ -89,68 +89,9 @@ def dense_sum(factors: Factors, other: Factors) -> Tensor:
     return factors.product().cpu().double() + other.product().cpu().double()
 
 
-@dataclass(frozen=True)
-class PivotedFactors:
-    """A rank-k weight in ``k (out + in) - k^2`` numbers: k of its own rows, and the other rows as their combinations.
-
-    ``W[order] = [rows; coefficients @ rows]``.
-
-    Attributes:
-        rows: (k, in), the pivot rows of W.
-        coefficients: (out - k, k).
-        order: (out,) int64, row indices of W: pivots first.
-    """
-
-    rows: Tensor
-    coefficients: Tensor
-    order: Tensor
-
-
 def balance(factors: Factors) -> Factors:
     """The same product with equal norms of ``left[:, i]`` and ``right[i]``, so that neither factor loses precision."""
     left_norm, right_norm = factors.left.norm(dim=0), factors.right.norm(dim=1)
     scale = (right_norm / left_norm.clamp_min(1e-300)).sqrt()
     scale = torch.where((scale > 0) & torch.isfinite(scale), scale, torch.ones_like(scale))
     return replace(factors, left=factors.left * scale, right=factors.right / scale[:, None])
-
-
-def pivot(factors: Factors, *, growth: float = 2.0) -> PivotedFactors:
-    """Rank-k factors as k pivot rows and coefficients (PIFA, ICML 2025), in float64.
-
-    Pivots come from LU with partial pivoting of an orthonormal basis of ``left``; then rows are exchanged while a
-    coefficient exceeds ``growth`` in magnitude, each exchange multiplying the volume of the pivot block by at least
-    that much (strong rank-revealing factorization), so that rounding of the stored numbers is never amplified.
-    """
-    out_features, rank = factors.left.shape
-    basis, upper = torch.linalg.qr(factors.left.double())
-    permutation = torch.linalg.lu_factor(basis)[1]
-    order = torch.arange(out_features)
-    for i, j in enumerate((permutation - 1).tolist()):
-        order[[i, j]] = order[[j, i]]
-    coefficients = _coefficients(basis, order, rank)
-    for _ in range(4 * rank):
-        if not coefficients.numel() or float(coefficients.abs().max()) <= growth:
-            break
-        row, column = divmod(int(coefficients.abs().argmax()), rank)
-        order[[rank + row, column]] = order[[column, rank + row]]
-        coefficients = _exchange(coefficients, row, column)
-    coefficients = _coefficients(basis, order, rank)  # exchanging a large one leaves its rounding in the others
-    rows = basis[order[:rank]] @ (upper @ factors.right.double())
-    return PivotedFactors(rows=rows, coefficients=coefficients, order=order)
-
-
-def _coefficients(basis: Tensor, order: Tensor, rank: int) -> Tensor:
-    """``basis[rest] @ basis[pivots]^-1``: (out - k, k)."""
-    return torch.linalg.solve(basis[order[:rank]], basis[order[rank:]], left=False)
-
-
-def _exchange(coefficients: Tensor, row: int, column: int) -> Tensor:
-    """The coefficients after rest row ``row`` and pivot ``column`` have changed places: a rank-one update."""
-    entry = coefficients[row, column]
-    new_row = -coefficients[row] / entry
-    new_row[column] = 1 / entry
-    new_column = coefficients[:, column] / entry
-    updated = coefficients + torch.outer(coefficients[:, column], new_row)
-    updated[:, column] = new_column
-    updated[row] = new_row
-    return updated

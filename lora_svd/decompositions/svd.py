@@ -7,22 +7,15 @@ from torch import Tensor
 
 from ..linalg import (
     Metrics,
+    check_semidefinite,
     metric_root,
     metric_times,
+    raised_root,
     root_transpose_solve,
     root_transpose_times,
-    shrink,
     symmetric_product,
 )
 from .factors import Factors
-
-
-def _scaled(weight: Tensor, metrics: Metrics) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``R^T W``, its Gram matrix ``R^T W column W^T R`` and the root R of the row metric, for a float64 weight with
-    out <= in."""
-    root = metric_root(metrics.row)
-    scaled = root_transpose_times(root, weight)
-    return scaled, symmetric_product(scaled.T, metric_times(metrics.column, scaled.T)), root
 
 
 def weighted_spectrum(weight: Tensor, metrics: Metrics) -> Tensor:
@@ -35,8 +28,8 @@ def weighted_spectrum(weight: Tensor, metrics: Metrics) -> Tensor:
     """
     if weight.shape[0] > weight.shape[1]:
         return weighted_spectrum(weight.T, metrics.transposed)
-    _, gram, _ = _scaled(weight.double(), metrics)
-    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
+    scaled = root_transpose_times(metric_root(metrics.row), weight.double())
+    return _checked(torch.linalg.eigvalsh(_column_gram(scaled, metrics))).flip(0).clamp_min(0)
 
 
 def weighted_svd(weight: Tensor, metrics: Metrics, rank: int) -> Factors:
@@ -50,10 +43,28 @@ def weighted_svd(weight: Tensor, metrics: Metrics, rank: int) -> Factors:
     if weight.shape[0] > weight.shape[1]:
         factors = weighted_svd(weight.T, metrics.transposed, rank)
         return Factors(left=factors.right.T, right=factors.left.T)
-    scaled, gram, root = _scaled(weight.double(), metrics)
-    _, vectors = torch.linalg.eigh(gram)
+    return _svd_with_root(weight.double(), metrics, metric_root(metrics.row), rank)
+
+
+def _svd_with_root(weight: Tensor, metrics: Metrics, root: Tensor | None, rank: int) -> Factors:
+    """:func:`weighted_svd` of a weight with out <= in, given the root of the row metric."""
+    scaled = root_transpose_times(root, weight)
+    values, vectors = torch.linalg.eigh(_column_gram(scaled, metrics))
+    _checked(values)
     leading = vectors[:, -rank:].flip(1)
     return Factors(left=root_transpose_solve(root, leading), right=leading.T @ scaled)
+
+
+def _column_gram(scaled: Tensor, metrics: Metrics) -> Tensor:
+    """``S column S^T`` of the rows of S."""
+    return symmetric_product(scaled.T, metric_times(metrics.column, scaled.T))
+
+
+def _checked(values: Tensor) -> Tensor:
+    """Ascending eigenvalues, which a column metric that is not one would make negative."""
+    if float(values[-1]) > 0 or float(values[0]) < 0:
+        check_semidefinite(float(values[0]), float(values[-1]))
+    return values
 
 
 def truncate(factors: Factors, metrics: Metrics, rank: int) -> Factors:
@@ -64,8 +75,11 @@ def truncate(factors: Factors, metrics: Metrics, rank: int) -> Factors:
     size = (left * metric_times(metrics.row, left)).sum(0).clamp_min(0).sqrt()
     left, right = left / size.where(size > 0, 1.0), right * size[:, None]
     row, column = left.T @ metric_times(metrics.row, left), right @ metric_times(metrics.column, right.T)
-    inner = Metrics(row=shrink(row, 0.0), column=shrink(column, 0.0))  # a product that is zero leaves no metric
-    kept = weighted_svd(torch.eye(factors.rank, dtype=torch.float64), inner, rank)
+    inner = Metrics(row=row, column=column).definite  # a product that is zero leaves no metric
+    # Columns of left may depend on each other, as those of a bypass within the weight do. A direction of theirs that is
+    # raised from zero is none of the product, which it leaves as it is: no fallback to warn of.
+    root, _ = raised_root(inner.row)
+    kept = _svd_with_root(torch.eye(factors.rank, dtype=torch.float64), inner, root, rank)
     return Factors(left=left @ kept.left, right=kept.right @ right)
 
 

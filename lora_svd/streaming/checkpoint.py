@@ -10,10 +10,10 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..compact.convert import is_plain_linear
+from ..compact.tensors import Tensors, skeleton
 from ..config import LoraSVDConfig
 from ..errors import LoraSVDError
-from ..targets import is_plain_linear
-from ..weights import Tensors, skeleton
 
 
 class Checkpoint:

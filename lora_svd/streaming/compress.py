@@ -15,14 +15,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..allocation import LayerShape, check_budget, given_ranks
-from ..compact import LoraSVDCompactConfig, ParameterReport
-from ..compression import CompressionSettings, LayerInput, choose_ranks, compute_spectra, factorize
+from ..compact import ParameterReport
+from ..compact.description import LoraSVDCompactConfig
+from ..compression import CompressionSettings, LayerInput, choose_ranks, compute_spectra, factorize, layer_metrics
 from ..config import LoraSVDConfig
 from ..decompositions import DECOMPOSITIONS
 from ..errors import LoraSVDError
 from ..importance import IMPORTANCES
 from ..statistics import STATISTICS
-from ..statistics_limit import choose_sketches, describe_sketches
+from ..statistics.limit import choose_sketches, describe_sketches
 from .cache import write_whole
 from .checkpoint import Checkpoint
 from .observe import Observation
@@ -53,7 +54,8 @@ def compress_checkpoint(
     Args:
         folder: with config.json and safetensors, in full precision.
         output: a folder that does not exist yet.
-        ids: token ids, (samples, tokens), as from ``lora_svd.evaluation.token_blocks``. Samples are read one by one.
+        ids: token ids, (samples, tokens), as from ``lora_svd.evaluation.token_blocks``, which puts the BOS token
+            in front where the model expects it. Samples are read one by one.
         config: what applies without training: ``param_ratio``, ``importance``, ``allocation``, ``factor_format``,
             ranks, shrinkages, targets among the linear layers of the blocks, and ``statistics_limit``, which is that of
             one block. Presets of inputs alone count every token; their spectra are not in units of loss, so
@@ -92,6 +94,7 @@ def compress_checkpoint(
         config.factor_format,
         layers,
         lambda names: factorize({name: inputs[name] for name in names}, ranks, settings),
+        lambda name: layer_metrics(name, inputs[name], settings).definite,
     )
     if tokenizer is not None:
         tokenizer.save_pretrained(compact)
@@ -108,9 +111,9 @@ def compress_checkpoint(
 
 
 def _statistics(config: LoraSVDConfig) -> tuple[str, ...]:
-    statistics = IMPORTANCES[config.importance].statistics
-    of_lora = {name for name, statistic in STATISTICS.items() if statistic.per == "step" or statistic.of_bypass}
-    possible = [name for name, preset in IMPORTANCES.items() if of_lora.isdisjoint(preset.statistics)]
+    statistics = IMPORTANCES[config.importance].observed
+    of_lora = {name for name, statistic in STATISTICS.items() if statistic.reads_bypass}
+    possible = [name for name, preset in IMPORTANCES.items() if of_lora.isdisjoint(preset.observed)]
     if config.importance not in possible:
         raise LoraSVDError(
             f"importance: got {config.importance!r}, which looks at the gradients of a LoRA that is trained, and "

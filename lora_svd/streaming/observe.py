@@ -14,14 +14,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..statistics import COUNTS, LayerStatistics, token_summand
-from ..tokens import SharedGram, observe_tokens
+from ..statistics import COUNTS, STATISTICS, LayerStatistics, token_summand
+from ..statistics.shared import SharedGram
+from ..statistics.tokens import observe_tokens
 from .blocks import BlockCall, embed, loss_gradient, record_calls
 from .cache import Cache, save_whole
 from .checkpoint import Checkpoint
-
-# Of what is observed where there are no gradients; the others look at g as well.
-INPUT_STATISTICS = frozenset({"input_gram", "input_abs"})
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Observation:
     @property
     def needs_gradients(self) -> bool:
         """Whether a statistic looks at gradients."""
-        return not INPUT_STATISTICS.issuperset(self.statistics)
+        return any(STATISTICS[name].reads_gradients for name in self.statistics)
 
     def run(self) -> None:
         """Observe all blocks, but for those whose statistics are in the folder already."""

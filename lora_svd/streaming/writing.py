@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,15 @@ from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..allocation import LayerShape
-from ..compact import LoraSVDCompactConfig, ParameterReport, compact_card, compact_module, parameter_report
+from ..compact import ParameterReport, parameter_report
+from ..compact.card import compact_card
+from ..compact.convert import compact_module
+from ..compact.description import LoraSVDCompactConfig
+from ..compact.layers import put_low_rank_layers
 from ..compact.saving import add_checksums
-from ..compact.standalone import put_low_rank_layers
 from ..decompositions import Factors
+from ..errors import in_module
+from ..linalg import Metrics
 from .cache import save_whole
 from .checkpoint import Checkpoint
 
@@ -47,10 +53,12 @@ def write_shards(
     factor_format: str,
     layers: Mapping[str, LayerShape],
     factorize: Callable[[list[str]], Iterable[tuple[str, Factors | None]]],
+    metrics: Callable[[str], Metrics],
 ) -> None:
     """Write the shards that are not in the folder yet, and the index.
 
-    ``factorize`` gives the factors of the named layers; None where the weight stays as it is.
+    ``factorize`` gives the factors of the named layers; None where the weight stays as it is. ``metrics`` says what an
+    error in a layer costs.
     """
     shards, stored = plan_shards(checkpoint), checkpoint.tensors.stored
     weight_map, total = {}, 0
@@ -61,7 +69,8 @@ def write_shards(
             for name, factors in factorize([name for name in layers if stored[f"{name}.weight"] in tensors]):
                 if factors is not None:
                     prefix = stored[f"{name}.weight"].removesuffix(".weight")
-                    _replace(tensors, prefix, layers[name], factors, factor_format)
+                    with in_module(name):
+                        _replace(tensors, prefix, layers[name], factors, factor_format, partial(metrics, name))
             save_whole(tensors, file)
         with safe_open(file, framework="pt") as opened:
             weight_map |= dict.fromkeys(opened.keys(), file.name)
@@ -70,13 +79,20 @@ def write_shards(
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _replace(tensors: dict[str, Tensor], prefix: str, shape: LayerShape, factors: Factors, factor_format: str) -> None:
+def _replace(
+    tensors: dict[str, Tensor],
+    prefix: str,
+    shape: LayerShape,
+    factors: Factors,
+    factor_format: str,
+    metrics: Callable[[], Metrics],
+) -> None:
     """The tensors of a linear layer by those of a low-rank one."""
     weight, bias = tensors[f"{prefix}.weight"], tensors.pop(f"{prefix}.bias", None)
     with torch.device("meta"):
         like = nn.Linear(shape.in_features, shape.out_features, bias=False)
     of_shape = weight.reshape(shape.out_features, shape.in_features)
-    module = compact_module(factors, like, of_shape, factor_format)
+    module = compact_module(factors, like, of_shape, factor_format, metrics)
     tensors |= {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
     if bias is not None:
         tensors[f"{prefix}.bias" if factor_format == "pivoted" else f"{prefix}.left.bias"] = bias

@@ -31,8 +31,8 @@ from transformers import (
     set_seed,
 )
 
+from lora_svd.analysis.intrinsic_dimension import intrinsic_dimension, random_subspace
 from lora_svd.errors import LoraSVDError
-from lora_svd.intrinsic_dimension import intrinsic_dimension, random_subspace
 
 
 @dataclass

@@ -1,0 +1,224 @@
+"""All that loads a compact checkpoint where lora_svd is not installed: shipped as it stands, see ``self_contained.py``.
+
+The low-rank layers, and how a dense model gets them. Imports nothing of lora_svd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+
+class LowRankLinear(nn.Module):
+    """``y = left(right(x)) + bias`` with a weight of rank k.
+
+    ``factor_format="factors"``: right is Linear(in, k), left is Linear(k, out) and has the bias.
+    ``factor_format="pivoted"``: right holds k rows of the weight, left the coefficients of the other rows,
+    Linear(k, out - k), and ``order`` (out,) says where each output is found; ``k (in + out) - k^2`` parameters.
+    ``split=(m1, n1)``: the weight is a sum of k Kronecker products of A (m1, n1) and B (out / m1, in / n1); right,
+    Linear(in / n1, out / m1 k), holds every B, left, Linear(n1 k, m1), every A. See :func:`kronecker_output`.
+
+    All are exact ``nn.Linear``, so that quantizers and LoRA find them. ``weight`` is one number and no weight: its
+    shape contradicts the dense layer's, so that a loader that does not know this class fails instead of keeping the
+    random weights it made.
+    """
+
+    bias: nn.Parameter | None
+    order: Tensor
+    weight: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool,
+        factor_format: str,
+        dtype: torch.dtype | None,
+        split: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.factor_format, self.split = factor_format, split
+        m1, n1 = split or (out_features, 1)
+        self.right = nn.Linear(in_features // n1, rank * (out_features // m1), bias=False, dtype=dtype)
+        if split is not None:
+            self.left = nn.Linear(n1 * rank, m1, bias=False, dtype=dtype)
+            self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, dtype=dtype)) if bias else None)
+        elif factor_format == "pivoted":
+            self.left = nn.Linear(rank, out_features - rank, bias=False, dtype=dtype)
+            self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, dtype=dtype)) if bias else None)
+            self.register_buffer("order", torch.arange(out_features, dtype=torch.int32))
+        else:
+            self.left = nn.Linear(rank, out_features, bias=bias, dtype=dtype)
+            self.register_parameter("bias", None)
+        self.register_buffer("weight", torch.zeros(1, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.split is not None:
+            m1, n1 = self.split
+            result = kronecker_output(x, self.right, self.left, n1, self.out_features // m1)
+        else:
+            hidden = self.right(x)
+            if self.factor_format == "factors":
+                return self.left(hidden)
+            result = torch.cat([hidden, self.left(hidden)], dim=-1)
+            # of a matrix: several times faster than along the last of three dimensions
+            result = result.view(-1, self.out_features).index_select(1, self.order).view(result.shape)
+        return result if self.bias is None else result + self.bias
+
+    def store_left_by_columns(self) -> None:
+        """Lay out the weight of left in memory column by column; nothing else changes.
+
+        Its rows are short, k numbers, and in products with few tokens, as in decoding, the start of a row costs as much
+        as the row: on a CPU they take half of the time this way.
+        """
+        weight = self.left.weight
+        if self.split is None and type(self.left) is nn.Linear and weight.is_floating_point():
+            weight.data = weight.data.T.contiguous().T
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"factor_format={self.factor_format!r}{'' if self.split is None else f', split={self.split}'}"
+        )
+
+
+class LowRankEmbedding(LowRankLinear):
+    """``y = left(right(id))``: a :class:`LowRankLinear` of unit vectors, ``in_features`` is the number of ids.
+
+    right is Embedding(in, k), whose weight is the other way round than a linear layer's, (in, k).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        padding_idx: int | None,
+        factor_format: str,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(in_features, out_features, rank, bias=False, factor_format=factor_format, dtype=dtype)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = in_features, out_features, padding_idx
+        self.right = nn.Embedding(in_features, rank, padding_idx=padding_idx, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Autocast does not change the type of an embedding, which the whole model goes on with."""
+        return super().forward(x).to(self.weight.dtype)
+
+    def transposed(self, h: Tensor) -> Tensor:
+        """``W^T h``, (..., in), of h (..., out)."""
+        left, right = self.left.weight.T, self.right.weight
+        if type(self.left) is not nn.Linear:  # a bypass is in its outputs, not in its weight
+            left = self.left(torch.eye(self.rank, dtype=right.dtype, device=right.device))
+        if type(self.right) is not nn.Embedding:
+            right = self.right(torch.arange(self.in_features, device=right.device))
+        if self.factor_format == "factors":
+            hidden = nn.functional.linear(h, left)
+        else:
+            h = h.index_select(-1, self.order.argsort())
+            hidden = h[..., : self.rank] + nn.functional.linear(h[..., self.rank :], left)
+        return nn.functional.linear(hidden, right)
+
+
+class TiedHead(nn.Module):
+    """An output layer whose weight is that of an embedding, whatever stands for it: it has no tensors of its own."""
+
+    bias = None
+
+    def __init__(self, embedding: Any) -> None:
+        super().__init__()
+        self._held = (embedding,)  # not as a part, or its tensors would be counted and saved twice
+        self.in_features, self.out_features = embedding.out_features, embedding.in_features
+
+    @property
+    def embedding(self) -> Any:
+        return self._held[0]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.embedding.weight
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.embedding.transposed(h)
+
+
+def layer_features(dense: Any) -> tuple[int, int]:
+    """(in, out) of a linear layer, transformers' Conv1D or an embedding."""
+    for names in (("nx", "nf"), ("num_embeddings", "embedding_dim")):
+        if hasattr(dense, names[0]):
+            return getattr(dense, names[0]), getattr(dense, names[1])
+    return dense.in_features, dense.out_features
+
+
+def empty_low_rank(
+    dense: Any, rank: int, factor_format: str, dtype: torch.dtype, split: tuple[int, int] | None
+) -> LowRankLinear:
+    """The low-rank layer that takes the place of ``dense``, without its weights."""
+    in_features, out_features = layer_features(dense)
+    if isinstance(dense, nn.Embedding):
+        padding = dense.padding_idx
+        return LowRankEmbedding(
+            in_features, out_features, rank, padding_idx=padding, factor_format=factor_format, dtype=dtype
+        )
+    has_bias = dense.bias is not None
+    return LowRankLinear(
+        in_features, out_features, rank, bias=has_bias, factor_format=factor_format, dtype=dtype, split=split
+    )
+
+
+def kronecker_output(
+    x: Tensor, right: Callable[[Tensor], Tensor], left: Callable[[Tensor], Tensor], n1: int, m2: int
+) -> Tensor:
+    """``y = sum_k A_k X B_k^T``, row after row, where X (n1, n2) are the rows that x (..., in) is cut into.
+
+    Args:
+        right: all B (m2, n2) at once, (..., n2) -> (..., m2 k).
+        left: all A (m1, n1) at once, summed, (..., n1 k) -> (..., m1).
+    """
+    hidden = right(x.unflatten(-1, (n1, -1))).unflatten(-1, (m2, -1))  # (..., n1, m2, k)
+    return left(hidden.transpose(-3, -2).flatten(-2)).mT.flatten(-2)
+
+
+def put_low_rank_layers(model: Any, description: Mapping[str, Any]) -> None:
+    """Give an empty dense model the low-rank layers of ``description``, a ``LoraSVDCompactConfig`` as a dict."""
+    for name, rank in description["ranks"].items():
+        dense = model.get_submodule(name)
+        model.all_tied_weights_keys.pop(f"{name}.weight", None)
+        split = description.get("splits", {}).get(name)
+        if split is not None or rank < min(layer_features(dense)):
+            split = None if split is None else tuple(split)
+            new = empty_low_rank(dense, rank, description["factor_format"], dense.weight.dtype, split)
+            model.set_submodule(name, new)
+    for name, embedding in description.get("tied", {}).items():
+        tie_head(model, name, embedding)
+
+
+def tie_head(model: Any, name: str, embedding: str) -> None:
+    """Let an output layer use the low-rank embedding that it is tied to."""
+    model.all_tied_weights_keys.pop(f"{name}.weight", None)
+    model.set_submodule(name, TiedHead(model.get_submodule(embedding)))
+
+
+try:  # where the package is installed, its functions should know the layers
+    from lora_svd.compact import LowRankEmbedding, LowRankLinear, TiedHead
+except ImportError:
+    pass
+
+
+class CompactLlamaForCausalLM(transformers.LlamaForCausalLM):
+    """LlamaForCausalLM with low-rank layers at the ranks of its config."""
+
+    _auto_class = "AutoModelForCausalLM"
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        description = config.quantization_config
+        put_low_rank_layers(self, description if isinstance(description, dict) else description.to_dict())
