@@ -28,7 +28,7 @@ class LowRankLinear(nn.Module):
 
     order: Tensor
     is_output = False
-    by_columns = False  # how the weight of left lies in memory
+    _by_columns: tuple[Tensor, ...] = ()  # the weight of left, if it lies so in memory
     _is_hf_initialized = True  # transformers initializes left and right; some of its models take this for a dense layer
 
     def __init__(
@@ -72,7 +72,7 @@ class LowRankLinear(nn.Module):
         return self.left.bias if own is None else own
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.by_columns or self.training or torch.is_grad_enabled()):
+        if not (self._by_columns or self.training or torch.is_grad_enabled()):
             self._store_by_columns()
         result, bias = self._product(x, self.left), self._parameters["bias"]
         return result if bias is None else result + bias
@@ -116,15 +116,15 @@ class LowRankLinear(nn.Module):
         if self.split is None and is_plain and alone and not torch.compiler.is_compiling():
             with torch.inference_mode(weight.is_inference()):  # data of the kind that the parameter is
                 weight.data = weight.data.T.contiguous().T
-            self.by_columns = True
+            self._by_columns = (weight,)
 
     def train(self, mode: bool = True) -> LowRankLinear:
         """As for every module; training takes the weights row by row."""
         super().train(mode)
-        if mode and self.by_columns:
-            with torch.inference_mode(self.left.weight.is_inference()):
-                self.left.weight.data = self.left.weight.data.contiguous()
-            self.by_columns = False
+        for weight in self._by_columns if mode else ():
+            with torch.inference_mode(weight.is_inference()):
+                weight.data = weight.data.contiguous()
+            self._by_columns = ()
         return self
 
     def _load_from_state_dict(self, state: Mapping[str, Tensor], prefix: str, *args: Any) -> None:

@@ -64,6 +64,11 @@ class LayerFactors(nn.Module):
         """The factors themselves."""
         return Factors(self.left / _FACTOR_SCALE, self.right / _FACTOR_SCALE, self.split)
 
+    def product(self) -> Tensor:
+        """``left right``, (out, in), with gradients."""
+        self._check_filled()
+        return self.value().product()
+
     def applied(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``left (right x) + bias``, (..., out), in the type of x (..., in); autocast sees to types itself."""
         self._check_filled()

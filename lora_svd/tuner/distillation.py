@@ -15,7 +15,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..errors import LoraSVDError
 from ..evaluation import evaluation_mode
-from .layer import OWN_LOSS, LoraSVDLinear
+from .layer import LoraSVDLinear
+from .reading import OWN_LOSS
 
 _SLICE = 1 << 20  # logits in float32 at a time: 4 MiB, which caches hold
 

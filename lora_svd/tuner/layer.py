@@ -20,23 +20,16 @@ from ..compact.bnb import num_bytes
 from ..compact.layers import layer_features
 from ..decompositions import Factors, balance
 from ..errors import LoraSVDError, NumericalError
-from ..importance import IMPORTANCES
 from ..statistics import STATISTICS, LayerStatistics, StepObservation
 from ..statistics.backward import Observe
 from ..statistics.shared import SharedGram
 from ..statistics.tokens import observe_tokens
 from . import distributed
 from .adapter import ADAPTERS, WIDEST_BYPASS, LayerAdapter, LayerFactors
+from .reading import noticed, refused
 
 if TYPE_CHECKING:
     from ..config import LoraSVDConfig
-
-
-# What a loss that the trainer computes can be replaced by, in TRL.
-OWN_LOSS = (
-    "let the model compute its loss, with TRL by `class OwnLoss(SFTTrainer): compute_loss = "
-    "transformers.Trainer.compute_loss`"
-)
 
 
 class LoraSVDLinear(nn.Module, BaseTunerLayer):
@@ -168,18 +161,16 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
             return weight
         if self.is_output:
             return self._read_by_loss(self._weight_in_force())
-        if torch.is_grad_enabled() and weight.is_floating_point():
-            weight = weight.detach().requires_grad_()
-            weight.register_hook(self._remember_use)
-        return weight
+        is_seen = torch.is_grad_enabled() and weight.is_floating_point()
+        return noticed(weight, self._remember_use) if is_seen else weight
 
-    def _remember_use(self, _: Tensor) -> None:
+    def _remember_use(self) -> None:
         self.weight_was_used = True
 
     def _weight_in_force(self) -> Tensor:
         """``W + s B A``, or ``left right + s B A``, (out, in), with gradients; of several adapters with all changes."""
         adapters = self._active()
-        compressed = [adapter.factors.value() for adapter in adapters if adapter.factors is not None]
+        compressed = [adapter.factors for adapter in adapters if adapter.factors is not None]
         with torch.autocast(self.get_base_weight().device.type, enabled=False):
             parts = [] if len(compressed) == 1 else [(1 - len(compressed)) * self.dense_weight()]
             parts += [factors.product() for factors in compressed]
@@ -192,18 +183,8 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
 
     def _read_by_loss(self, weight: Tensor) -> Tensor:
         """The weight, refused in the backward pass while an importance looks at tokens, which its gradient hides."""
-        watched = {name for adapter in self._active() for name in adapter.observer.wanted}
-        if weight.requires_grad and any(map(self._is_hidden, watched)):
-            weight.register_hook(self._refuse_reading)
-        return weight
-
-    def _refuse_reading(self, _: Tensor) -> None:
-        possible = [name for name, preset in IMPORTANCES.items() if not any(map(self._is_hidden, preset.observed))]
-        raise LoraSVDError(
-            f"importance: got one that observes single tokens of {self.key}, whose weight the loss reads instead of "
-            f"calling the output layer (TRL's trainers, fused cross-entropy), expected one of {sorted(possible)}. Or "
-            f"{OWN_LOSS}; or leave it out: exclude_modules={[self.key]}"
-        )
+        wanted = {name for adapter in self._active() for name in adapter.observer.wanted}
+        return refused(weight, self.key, wanted, self._is_hidden)
 
     def dense_weight(self) -> Tensor:
         """The frozen weight, (out, in), dequantized if need be; the one before any merge."""
