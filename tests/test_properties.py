@@ -37,7 +37,9 @@ from lora_svd.linalg import Metrics
 SEED = torch.default_generator.manual_seed  # torch.manual_seed asks for accelerators, which takes longer than a step
 DATA = torch.tensor([[0, 1, 2], [3, 4, 0], [1, 3, 3]])
 KNOWN_WARNINGS = (
-    "its (gradients|inputs) were zero in every observed step",
+    "was zero in every observed step",
+    "a metric is singular",
+    "r = 1 leaves nothing of the gradient",
     "alternating least squares of a weight of",
     "(rank|alpha)_pattern keys did not match any targeted module",  # the rest are PEFT's
     "no modules were excluded",

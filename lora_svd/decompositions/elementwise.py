@@ -38,6 +38,8 @@ def factorize(weight: Tensor, metrics: Metrics, rank: int) -> Factors:
     Raises:
         NumericalError: F has negative entries.
     """
+    if metrics.elements is not None and (smallest := float(metrics.elements.min())) < 0:
+        raise NumericalError(f"weights of the elements: got a smallest one of {smallest:.3g}, expected none below 0")
     start = balance(weighted_svd(weight, row_metric(metrics), rank))
     if metrics.elements is None or not bool(weight.any()):
         return start
@@ -85,11 +87,6 @@ def _solve_rows(weight: Tensor, F: Tensor, right: Tensor, ridge: float) -> Tenso
         for p in range(rank):  # one matrix product for all rows; the lower half is all that a root needs
             grams[:, p:, p] = importance @ (right[:, p:] * right[:, p : p + 1])
         grams.diagonal(dim1=1, dim2=2).add_(ridge)
-        roots, failed = torch.linalg.cholesky_ex(grams)
-        if bool(failed.any()):
-            raise NumericalError(
-                f"weights of the elements: {int(failed.count_nonzero())} rows have no definite least-squares problem, "
-                f"expected weights >= 0, got a smallest one of {float(F.min()):.3g} of their mean"
-            )
+        roots = torch.linalg.cholesky(grams)
         solved.append(torch.cholesky_solve(((importance * rows) @ right)[..., None], roots)[..., 0])
     return torch.cat(solved)
