@@ -212,7 +212,7 @@ def rows(blocks: int) -> dict[str, Row]:
         "inputs clipped at 30 x their mean": partial(clipped, statistic="input_gram", limit=30.0),
         "gradients clipped at 30 x their mean": partial(clipped, statistic="signed_output_gram", limit=30.0),
     }
-    default = partial(one_shot, importance=IMPORTANCE)
+    default = partial(one_shot, importance=IMPORTANCE, neurons=False)
     return {
         "dense": Row(dense, dense=True),
         **{_name("one-shot", given): Row(partial(default, **given)) for given in ONE_SHOT},
@@ -221,7 +221,10 @@ def rows(blocks: int) -> dict[str, Row]:
         "one-shot, mean output mended, inputs centred": Row(partial(mean_corrected, centred=True)),
         "one-shot, inputs of the compact model": Row(partial(refitted, weight=False)),
         "one-shot, inputs of the compact model, weights refitted": Row(partial(refitted, weight=True)),
-        **{_name("recovery", given): Row(partial(ours, **BEST | given), trains=True) for given in TRAINED},
+        **{
+            _name("recovery", given): Row(partial(ours, **BEST | {"neurons": False} | given), trains=True)
+            for given in TRAINED
+        },
     }
 
 

@@ -18,6 +18,7 @@ from lora_svd.compression import LayerInput, choose_ranks, compute_spectra, fact
 from lora_svd.linalg import Metrics
 
 LORA = {"r": 16, "lora_alpha": 16, "target_modules": "all-linear"}
+RANKS_ALONE = {"neurons": False}
 
 
 class Stepper:
@@ -31,7 +32,7 @@ class Stepper:
             self.model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **LORA))
         else:
             phases = {"total_steps": 10_000, "warmup": 9_000 if observing else 1}
-            self.model = get_peft_model(base, LoraSVDConfig(**LORA, **phases, **config))
+            self.model = get_peft_model(base, LoraSVDConfig(**LORA, **RANKS_ALONE, **phases, **config))
         self.tuner: Any = self.model.base_model
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
         self.model.train()
@@ -103,7 +104,11 @@ def run_seconds(given: CostArguments, config: dict[str, Any] | None) -> dict[str
         settings = training_arguments(Path(folder), steps=given.steps, batch=given.batch, learning_rate=1e-3, seed=0)
 
         def work() -> None:
-            kind = LoraConfig(task_type="CAUSAL_LM", **LORA) if config is None else LoraSVDConfig(**LORA, **config)
+            kind = (
+                LoraConfig(task_type="CAUSAL_LM", **LORA)
+                if config is None
+                else LoraSVDConfig(**LORA, **RANKS_ALONE, **config)
+            )
             callbacks = [] if config is None else [LoraSVDCallback()]
             tuned = train(get_peft_model(model, kind), examples, settings, *callbacks)
             spent["merge"], _ = timed(lambda: tuned.merge_and_unload().save_pretrained(folder))

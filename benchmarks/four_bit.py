@@ -85,6 +85,7 @@ class Benchmark:
             config = LoraSVDConfig(
                 param_ratio=min(given.sizes),
                 importance="lora_diagonal",  # the fewest statistics
+                neurons=False,
                 factor_format="factors",
                 rank_multiple=64,
                 train_factors=True,

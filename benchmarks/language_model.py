@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accuracy import task_accuracies
@@ -59,6 +59,9 @@ class Arguments(TextArguments):
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds of the rows that train."})
     steps: int = field(default=100, metadata={"help": "Optimizer steps of a run, observation included."})
     observed_steps: int = field(default=24, metadata={"help": "Steps observed by the rows that do not train."})
+    observed: str | None = field(
+        default=None, metadata={"help": "Preset whose statistics alone the shared observation collects; none: all."}
+    )
     config: str = field(default="{}", metadata={"help": "JSON of LoraSVDConfig fields for 'ours', for ablations."})
     label: str = field(default="", metadata={"help": "Put behind the row's name, for ablations."})
     start: str | None = field(default=None, metadata={"help": "Token the model's own text begins with; none: bos."})
@@ -155,7 +158,9 @@ class Benchmark:
     def observed(self, learning: str | None = None) -> Any:
         """The dense model with an adapter that has seen ``observed_steps`` steps and is still zero; or, with the name
         of a preset, has learned in them while that was observed."""
-        importance, rate = (learning, self.given.learning_rate) if learning else (EVERYTHING, 0.0)
+        importance, rate = self.given.observed or EVERYTHING, 0.0
+        if learning:
+            importance, rate = learning, self.given.learning_rate
 
         def observe(folder: Path) -> None:
             config = LoraSVDConfig(
@@ -164,7 +169,7 @@ class Benchmark:
             model = get_peft_model(load(self.given.model), config)
             self.train(model, self.given.observed_steps, seed=0, learning_rate=rate).save_pretrained(str(folder))
 
-        known = {"learning": learning} if learning else {}
+        known = {"learning": learning} if learning else {"observed": importance} if self.given.observed else {}
         folder = self.once(self.folder("observation", observed_steps=self.given.observed_steps, **known), observe)
         return PeftModel.from_pretrained(load(self.given.model), str(folder), is_trainable=True)
 
@@ -271,6 +276,12 @@ ROWS = {
     "ours, lora_diagonal + recovery": Row(partial(ours, importance="lora_diagonal", **BEST), trains=True),
     "ours, kronecker + recovery": Row(partial(ours, importance="kronecker", **BEST), trains=True),
     "ours + recovery, any size from one run": Row(partial(any_size, **BEST), trains=True),
+}
+RANKS_ALONE = " (ranks alone)"  # as rows of ours were before neurons were priced
+ROWS |= {
+    name + RANKS_ALONE: Row(partial(cast(Callable[..., Any], row.make), neurons=False), trains=row.trains)
+    for name, row in ROWS.items()
+    if name.startswith("ours")
 }
 
 

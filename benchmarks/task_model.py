@@ -170,7 +170,7 @@ class Benchmark:
 
     def adapted(self, model: Any, **choices: Any) -> Any:
         """A model with a LoraSVD adapter in its blocks, and all that is beside them trained."""
-        fixed = {"task_type": "SEQ_CLS", "modules_to_save": self.given.whole, "observed_tokens": 1.0}
+        fixed = {"task_type": "SEQ_CLS", "modules_to_save": self.given.whole, "observed_tokens": 1.0, "neurons": False}
         return get_peft_model(model, LoraSVDConfig(**{**fixed, **choices}))
 
 

@@ -1,4 +1,4 @@
-"""Which rank each layer keeps: spectra, shapes and a budget in, ranks out. Pure.
+"""Which rank each layer keeps, and how many neurons: spectra, shapes and a budget in, ranks and neurons out. Pure.
 
 The full rank means "stored dense": it costs ``out * in`` numbers and has no error.
 """
@@ -6,9 +6,11 @@ The full rank means "stored dense": it costs ``out * in`` numbers and has no err
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +35,12 @@ class LayerShape:
     @property
     def parameters(self) -> int:
         return self.out_features * self.in_features
+
+    def narrowed(self, rows: Tensor | None, columns: Tensor | None) -> LayerShape:
+        """With these rows and columns only; None: all."""
+        out_features = self.out_features if rows is None else len(rows)
+        in_features = self.in_features if columns is None else len(columns)
+        return replace(self, out_features=out_features, in_features=in_features)
 
 
 def stored_parameters(shape: LayerShape, rank: int, factor_format: str) -> int:
@@ -96,18 +104,104 @@ def allocate_ranks(
     Raises:
         LoraSVDError: rank 1 everywhere exceeds the budget, or an unknown ``allocation``.
     """
+    units = {name: [Choice(None, 0.0, {name: spectra[name]}, {name: shape})] for name, shape in shapes.items()}
+    return allocate(
+        units, param_ratio=param_ratio, allocation=allocation, factor_format=factor_format, rank_multiple=rank_multiple
+    ).ranks
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A number of neurons that a group of layers can keep; of a layer on its own the only choice.
+
+    Attributes:
+        neurons: those kept, ascending; None: all there are, or a layer on its own.
+        error: what leaving out the others costs.
+        spectra: as in :func:`allocate_ranks`, of what is left of each layer.
+        shapes: of the same.
+    """
+
+    neurons: Tensor | None
+    error: float
+    spectra: Mapping[str, Tensor]
+    shapes: Mapping[str, LayerShape]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What every layer keeps.
+
+    Attributes:
+        ranks: kept rank by layer.
+        neurons: kept neurons by the name of the group, of the groups that lose some.
+        error: predicted rise of the loss.
+    """
+
+    ranks: dict[str, int]
+    neurons: dict[str, Tensor]
+    error: float
+
+
+def allocate(
+    units: Mapping[str, Sequence[Choice]],
+    *,
+    param_ratio: float,
+    allocation: str = "global",
+    factor_format: str = "pivoted",
+    rank_multiple: int = 8,
+) -> Allocation:
+    """Ranks and neurons whose stored numbers are at most ``param_ratio`` of the targeted weights.
+
+    One price for a parameter decides both: each group takes the choice with the least sum of what leaving out neurons
+    costs, what truncation costs, and the price of what is stored. The predicted error is at most that of ranks alone.
+
+    Args:
+        units: what each group, or layer on its own, can keep; the last choice is all of it.
+        param_ratio, allocation, factor_format, rank_multiple: as in :func:`allocate_ranks`. Other allocations than
+            "global" choose ranks alone.
+
+    Raises:
+        LoraSVDError: rank 1 everywhere exceeds the budget, or an unknown ``allocation``.
+    """
     if allocation not in ALLOCATIONS:
         raise LoraSVDError(f"allocation: unknown value {allocation!r}, expected one of {sorted(ALLOCATIONS)}")
-    options = {name: _options(spectra[name], shape, factor_format, rank_multiple) for name, shape in shapes.items()}
+    whole = {name: choices[-1] for name, choices in units.items()}
+    shapes = {layer: shape for choice in whole.values() for layer, shape in choice.shapes.items()}
     check_budget(shapes, param_ratio, factor_format)
-    chosen = ALLOCATIONS[allocation](options, shapes, param_ratio)
-    return {name: options[name].ranks[index] for name, index in chosen.items()}
+
+    def options(choice: Choice) -> dict[str, Options]:
+        return {
+            name: _options(choice.spectra[name], shape, factor_format, rank_multiple)
+            for name, shape in choice.shapes.items()
+        }
+
+    found = []
+    of_layers = {name: of for choice in whole.values() for name, of in options(choice).items()}
+    chosen = ALLOCATIONS[allocation](of_layers, shapes, param_ratio)
+    found.append(_allocation(whole, of_layers, chosen))
+    if allocation == "global" and any(len(choices) > 1 for choices in units.values()):
+        priced = {name: [(choice, options(choice)) for choice in choices] for name, choices in units.items()}
+        found.append(_with_neurons(priced, budget_of(shapes, param_ratio)))
+    return min(found, key=lambda allocated: allocated.error)
+
+
+def _allocation(kept: Mapping[str, Choice], options: Mapping[str, Options], chosen: Mapping[str, int]) -> Allocation:
+    errors = [choice.error for choice in kept.values()] + [options[name].errors[i] for name, i in chosen.items()]
+    return Allocation(
+        ranks={name: options[name].ranks[i] for name, i in chosen.items()},
+        neurons={name: choice.neurons for name, choice in kept.items() if choice.neurons is not None},
+        error=sum(errors),
+    )
 
 
 def given_ranks(
-    given: Mapping[str, int], shapes: Mapping[str, LayerShape], param_ratio: float, factor_format: str
+    given: Mapping[str, int],
+    shapes: Mapping[str, LayerShape],
+    param_ratio: float,
+    factor_format: str,
+    of: Mapping[str, LayerShape] | None = None,
 ) -> dict[str, int]:
-    """Ranks that the user chose, for the layers of ``shapes``.
+    """Ranks that the user chose, for the layers of ``shapes``. of: the whole layers, if those are without neurons.
 
     Raises:
         LoraSVDError: a layer has none, or they keep more than ``param_ratio``.
@@ -117,8 +211,9 @@ def given_ranks(
             f"compact_ranks: no rank for {missing[0]} ({len(missing)} of {len(shapes)} missing); name all"
         )
     ranks = {name: min(given[name], shape.full_rank) for name, shape in shapes.items()}
-    kept, total = kept_parameters(ranks, shapes, factor_format), sum(shape.parameters for shape in shapes.values())
-    if kept > budget_of(shapes, param_ratio):
+    of = of or shapes
+    kept, total = kept_parameters(ranks, shapes, factor_format), sum(shape.parameters for shape in of.values())
+    if kept > budget_of(of, param_ratio):
         raise LoraSVDError(
             f"compact_ranks: these ranks keep {kept / total:.4f} of the targeted parameters, more than "
             f"param_ratio={param_ratio}; lower the ranks or raise param_ratio"
@@ -134,9 +229,14 @@ class Options:
     costs: list[int]
     errors: list[float]
 
+    @cached_property
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.array(self.errors), np.array(self.costs, dtype=np.float64)
+
     def best(self, price: float) -> int:
         """Index of the least ``error + price * cost``, the cheaper on a tie. The curves are not convex: look at all."""
-        return min(range(len(self.ranks)), key=lambda i: (self.errors[i] + price * self.costs[i], self.costs[i]))
+        errors, costs = self._arrays
+        return int((errors + price * costs).argmin())
 
 
 def _options(spectrum: Tensor, shape: LayerShape, factor_format: str, rank_multiple: int) -> Options:
@@ -156,20 +256,51 @@ def _global(options: dict[str, Options], shapes: Mapping[str, LayerShape], param
     def cost(chosen: dict[str, int]) -> int:
         return sum(options[name].costs[index] for name, index in chosen.items())
 
-    chosen = choose(0.0)
-    if cost(chosen) <= budget:
-        return chosen
+    price = _least_price(lambda price: cost(choose(price)) <= budget, max(of.errors[0] for of in options.values()))
+    return _spend(options, choose(price), budget)
+
+
+def _with_neurons(priced: Mapping[str, list[tuple[Choice, dict[str, Options]]]], budget: int) -> Allocation:
+    """The same over neurons and ranks together."""
+
+    def value(choice: Choice, options: Mapping[str, Options], price: float) -> tuple[float, int]:
+        best = [(of, of.best(price)) for of in options.values()]
+        cost = sum(of.costs[i] for of, i in best)
+        return choice.error + sum(of.errors[i] for of, i in best) + price * cost, cost
+
+    def choose(price: float) -> dict[str, int]:
+        return {
+            name: min(range(len(choices)), key=lambda i: value(*choices[i], price)) for name, choices in priced.items()
+        }
+
+    def cost(price: float) -> int:
+        return sum(value(*priced[name][i], price)[1] for name, i in choose(price).items())
+
+    errors = (
+        choice.error + of.errors[0] for choices in priced.values() for choice, by in choices for of in by.values()
+    )
+    price = _least_price(lambda price: cost(price) <= budget, max(errors))
+    kept = {name: priced[name][i] for name, i in choose(price).items()}
+    options = {layer: of for _, by in kept.values() for layer, of in by.items()}
+    chosen = _spend(options, {layer: of.best(price) for layer, of in options.items()}, budget)
+    return _allocation({name: choice for name, (choice, _) in kept.items()}, options, chosen)
+
+
+def _least_price(fits: Callable[[float], bool], largest_error: float) -> float:
+    """The least price of a parameter at which the budget is met."""
+    if fits(0.0):
+        return 0.0
     # Twice the largest error: one parameter is then worth more than any, whatever the sums are rounded to.
-    low, high = 0.0, 2 * max(option.errors[0] for option in options.values()) + 1e-300
+    low, high = 0.0, 2 * largest_error + 1e-300
     for _ in range(200):
         middle = (low * high) ** 0.5 if low > 0 else high * 1e-18
-        if cost(choose(middle)) <= budget:
+        if fits(middle):
             high = middle
         else:
             low = middle
         if low > 0 and high / low < 1 + 1e-9:
             break
-    return _spend(options, choose(high), budget)
+    return high
 
 
 def _spend(options: dict[str, Options], chosen: dict[str, int], budget: int) -> dict[str, int]:

@@ -114,6 +114,23 @@ class LoraSVDConfig(PeftConfig):
         "Rank by module name; the full one = dense. Filled by the tuner when it compresses; if set, it is used as is.",
         check=optional(by_module(COUNT)),
     )
+    neurons: bool = option(
+        True,
+        "Whether neurons of MLPs may go as well, priced by the same loss as ranks; with allocation='global'.",
+        check=flag,
+    )
+    compact_widths: dict[str, int] | None = option(
+        None,
+        "Kept neurons by the name of the layer that takes them. Filled by the tuner; if set beside compact_ranks, "
+        "used as is.",
+        check=optional(by_module(COUNT)),
+    )
+    neuron_groups: dict[str, list[str]] | None = option(
+        None,
+        "The layers that make the neurons of the layer that takes them, by its name. Filled by the tuner in the first "
+        "step.",
+        check=optional(by_module(module_names(text=False))),
+    )
     compressed: bool = option(
         False,
         "Whether this adapter holds factors at compact_ranks. Set by the tuner together with compact_ranks.",
@@ -214,12 +231,29 @@ class LoraSVDConfig(PeftConfig):
         self.alpha_pattern = self.alpha_pattern or {}
 
     @property
+    def prices_neurons(self) -> bool:
+        """Whether neurons compete with ranks: of low-rank weights, for which one budget is spent."""
+        decomposition = DECOMPOSITIONS[self.decomposition]
+        return (
+            self.neurons
+            and self.allocation == "global"
+            and decomposition.is_low_rank
+            and not decomposition.elementwise
+            and bool(IMPORTANCES[self.importance].statistics)
+        )
+
+    @property
     def trains_factors(self) -> bool:
         """Whether factors are trained: asked for, and the adapter is not loaded for inference."""
         return self.train_factors and not self.inference_mode
 
     def _check_combination(self) -> None:
         """Raise if the form of the weight does not go with the importance, or with what else is stored of it."""
+        if self.compact_widths and not self.compact_ranks:
+            raise LoraSVDError(
+                f"compact_widths: got {self.compact_widths} without compact_ranks, expected both: say which ranks the "
+                "layers keep beside, or neither"
+            )
         decomposition = DECOMPOSITIONS[self.decomposition]
         if decomposition.elementwise != IMPORTANCES[self.importance].elementwise:
             fits = [name for name, other in IMPORTANCES.items() if other.elementwise == decomposition.elementwise]

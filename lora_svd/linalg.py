@@ -48,10 +48,24 @@ class Metrics:
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         return [name for name, metric in given.items() if metric is not None and not bool(metric.any())]
 
+    def narrowed(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Metrics:
+        """The metrics of some rows and columns of the weight; None: of all."""
+        elements = self.elements
+        if elements is not None:
+            elements = elements if rows is None else elements[rows]
+            elements = elements if columns is None else elements[:, columns]
+        return Metrics(_part(self.row, rows), _part(self.column, columns), elements)
+
     @property
     def definite(self) -> Metrics:
         """The same with the identity in place of those that are zero, for factors where all are as good."""
         return replace(self, **dict.fromkeys(self.zero))
+
+
+def _part(metric: Tensor | None, index: Tensor | None) -> Tensor | None:
+    if metric is None or index is None:
+        return metric
+    return metric[index] if metric.dim() == 1 else metric[index][:, index]
 
 
 def gram(rows: Tensor) -> Tensor:

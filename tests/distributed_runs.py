@@ -114,7 +114,7 @@ def killed_in_warmup(folder: Path) -> PeftModel:
 
 
 def killed_while_factorizing(folder: Path, **options: Any) -> PeftModel:
-    runs.compute_spectra = lambda *_: kill(rank=1) or {}
+    runs.size_choices = lambda *_: kill(rank=1) or {}
     return train(folder, **options)
 
 
@@ -178,14 +178,14 @@ class SaveLater(TrainerCallback):
 
 def failing_layer(folder: Path) -> None:
     """A layer of process 1 cannot be factorized."""
-    compute_spectra = runs.compute_spectra
+    size_choices = runs.size_choices
 
-    def fails(*args: Any) -> dict[str, torch.Tensor]:
+    def fails(*args: Any) -> Any:
         if dist.get_rank() == 1:
             raise NumericalError("a layer of process 1")
-        return compute_spectra(*args)
+        return size_choices(*args)
 
-    runs.compute_spectra = fails
+    runs.size_choices = fails
     prepare(folder, wrap(warmup=1), save_strategy="no").train()
 
 

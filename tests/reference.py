@@ -124,12 +124,11 @@ def cubic(done, target):
 def token_statistics(pairs):
     """Means over the tokens whose gradient is not zero, up to rounding, which a softmax over one key, at the first
     token, leaves or not. pairs: [(x, g)], one a micro-batch."""
-    zero = 1e-12 * max(float(g.abs().max()) for _, g in pairs)
     tokens = [
         (x_t.double(), g_t.double())
         for x, g in pairs
         for x_t, g_t in zip(x.flatten(0, -2), g.flatten(0, -2), strict=True)
-        if g_t.abs().max() > zero
+        if g_t.abs().sum() > 1e-6 * g.abs().sum(-1).max()
     ]
     count = len(tokens)
     return {

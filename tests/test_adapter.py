@@ -166,7 +166,7 @@ def test_half_precision_base(dtype: torch.dtype, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(base_of(dtype), tmp_path / "adapter")
     for tuned, expected in ((model, dtype), (again, torch.float32)):
-        layer = tuned.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+        layer = tuned.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
         assert layer.adapter("default").A.dtype == torch.float32
         factors = layer.factors("default")
         assert (factors.left.dtype, factors.right.dtype) == (expected, expected)

@@ -40,9 +40,10 @@ from lora_svd.tuner.layer import LoraSVDLinear
 
 MAMBA = ARCHITECTURES["mamba"]
 FUSED = "ignore:.* are in 3-D weights:UserWarning"
+SPLIT = "ignore:.*mixer.x_proj and 1 more. takes neurons one by one, but the model does not run without:UserWarning"
 
 
-@pytest.mark.filterwarnings(FUSED)
+@pytest.mark.filterwarnings(FUSED, SPLIT)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_comes_out_plain_smaller_equal_after_reloading_and_dense_again(name: str, tmp_path: Path) -> None:
     architecture = ARCHITECTURES[name]
@@ -145,6 +146,7 @@ def with_mlp(mlp: Callable[[], nn.Module]) -> tf.PreTrainedModel:
         (lambda: with_mlp(lambda: nn.Sequential(nn.Linear(32, 32), Reads(32, "0"))), LLAMA, "layers.1.mlp.1.0", "1.0"),
     ],
 )
+@pytest.mark.filterwarnings(SPLIT)
 @pytest.mark.parametrize("importance", ["lora_activation", "none"])
 def test_layer_that_the_model_goes_round_is_refused_in_the_first_step(
     base: Callable[[], tf.PreTrainedModel],

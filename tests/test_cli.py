@@ -367,7 +367,8 @@ class TestRecipe:
         assert main(["compress", recipe]) == 0
         compact = AutoModelForCausalLM.from_pretrained("out/compact")
         layer = compact.model.layers[0].mlp.up_proj
-        assert type(layer.right).__name__ == ("Linear" if export == "none" else "Linear4bit")
+        part = getattr(layer, "right", layer)  # a layer without some neurons may be dense
+        assert type(part).__name__ == ("Linear" if export == "none" else "Linear4bit")
         report = json.loads(Path("out/compact/report.json").read_text())
         assert report["recipe"] == yaml.safe_load(Path(recipe).read_text())
         assert report["perplexity_reloaded"] == pytest.approx(report["perplexity_compact"], rel=1e-3)

@@ -212,15 +212,15 @@ def edited(folder: Path, copy: Path, change: Callable[[dict[str, Any]], object])
     return copy
 
 
-UP = "model.layers.0.mlp.up_proj"
+Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda said: said["ranks"].update({UP: 3}), rf"{UP}: .* have rank \d+, its config.json says 3"),
-        (lambda said: said["ranks"].update({UP: 32}), rf"{UP}: .* have rank \d+, its config.json says 32"),
-        (lambda said: said["ranks"].update({UP: 0}), rf"{UP}: .* rank 0, expected a positive integer"),
+        (lambda said: said["ranks"].update({Q_PROJ: 3}), rf"{Q_PROJ}: .* have rank \d+, its config.json says 3"),
+        (lambda said: said["ranks"].update({Q_PROJ: 32}), rf"{Q_PROJ}: .* have rank \d+, its config.json says 32"),
+        (lambda said: said["ranks"].update({Q_PROJ: 0}), rf"{Q_PROJ}: .* rank 0, expected a positive integer"),
         (lambda said: said["ranks"].update({"lm_head": 3}), "lm_head: .* have rank 32, its config.json says 3"),
         (lambda said: said["ranks"].update({"model.layers.7.x": 3}), r"model\.layers\.7\.x: .*no such module"),
         (lambda said: said.update(format_version=2), "format_version: .* has 2, .* reads 1; upgrade lora_svd"),
@@ -241,7 +241,7 @@ def test_description_that_contradicts_the_tensors(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda said: said["ranks"].pop(UP), rf"{UP}\.weight: has shape \[1\] .* expects \[48, 32\]"),
+        (lambda said: said["ranks"].pop(Q_PROJ), rf"{Q_PROJ}\.weight: has shape \[1\] .* expects \[32, 32\]"),
         (lambda said: said.pop("ranks"), r"\.weight: has shape \[1\] .* expects"),
         (lambda said: said.update(factor_format="factors"), r"\.left\.weight: has shape \[\d+, (\d+)\] .* \[\d+, \1\]"),
     ],

@@ -204,12 +204,12 @@ def test_sizes_are_compared_before_memory_is_taken(folder: Path) -> None:
     """A rank, a width and a tensor that would need terabytes."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 10**9}))
-    with memory_up_to_now_and(1 << 30), pytest.raises(LoraSVDError, match=r"has shape .*the model expects .*\d{9}"):
+    with memory_up_to_now_and(1 << 30), pytest.raises(LoraSVDError, match=r"features, but the model has .*\d{9}"):
         load(folder)
     (folder / "config.json").write_text(json.dumps(config))
     change_tensors(folder, lambda found: [found.pop(name) for name in list(found) if name.startswith(UP)])
     change_description(folder, lambda said: said["ranks"].update({UP: 10**9}))
-    with memory_up_to_now_and(1 << 30), pytest.raises(LoraSVDError, match=f"{UP}: .* rank 10+, expected at most 32"):
+    with memory_up_to_now_and(1 << 30), pytest.raises(LoraSVDError, match=rf"{UP}: .* rank 10+, expected at most \d+"):
         load(folder)
     header = json.dumps({"x": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}).encode()
     (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header)

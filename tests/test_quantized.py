@@ -98,7 +98,7 @@ def test_runs_in_one_type(dtype: torch.dtype, bits: str, prepared: bool, dense: 
     expected_dtype = base.get_input_embeddings().weight.dtype
     assert expected_dtype == (torch.float32 if prepared else dtype)
     torch.manual_seed(3)
-    model = get_peft_model(base, settings(factor_format="factors", exclude_modules=["gate_proj"]))
+    model = get_peft_model(base, settings(factor_format="factors", exclude_modules=["gate_proj"], neurons=False))
     make_trainer(model, tmp_path / "run").train()
     expected = logits(model)
     compact: Any = model.merge_and_unload()
@@ -184,7 +184,7 @@ def test_what_was_switched_off_is_switched_on_again(dense: Path) -> None:
 
 def test_observed_inputs_make_the_rounding_better(dense: Path, tmp_path: Path) -> None:
     """The outputs on what was observed, against rounding to nearest."""
-    model = tuned(dense, tmp_path / "run")
+    model = tuned(dense, tmp_path / "run", neurons=False)
     model.save_pretrained(tmp_path / "adapter")
     name = "model.layers.0.mlp.down_proj"
     gram = model.base_model.model.get_submodule(name).statistics("default").mean("input_gram")

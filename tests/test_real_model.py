@@ -42,7 +42,7 @@ def test_quickstart_in_a_few_steps(tmp_path: Path):
         "per_device_train_batch_size": 2,
         "max_steps": 4,
         "max_new_tokens": 8,
-        "report_tokens": 512,
+        "report_tokens": 0,
         "output_dir": tmp_path,
     }
     words = [f"--{name}={value}" for name, value in options.items()]

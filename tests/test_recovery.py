@@ -190,7 +190,7 @@ def weights(model) -> dict[str, torch.Tensor]:
 def test_trained_factors_are_carried_to_other_sizes(tmp_path: Path) -> None:
     """From the size that was trained, whatever sizes were tried before; dense layers get what was learned, too."""
     torch.manual_seed(0)
-    model = wrap(param_ratio=0.4, warmup=2, train_factors=True, row_shrinkage=0.1, column_shrinkage=0.1)
+    model = wrap(param_ratio=0.4, warmup=2, train_factors=True, row_shrinkage=0.1, column_shrinkage=0.1, neurons=False)
     make_trainer(model, tmp_path, steps=6, learning_rate=3e-2).train()
     tuner, trained = model.base_model, weights(model)
     frozen = {name: layer.dense_weight().double() for name, layer in tuner.run().layers.items()}

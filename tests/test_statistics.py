@@ -309,7 +309,7 @@ def llama_statistics(batches, **checkpointing):
     base.model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
     if checkpointing:
         base.activation_checkpointing_enable(checkpointing)
-    model = get_peft_model(base, llama_settings(importance="kronecker")).train()
+    model = get_peft_model(base, llama_settings(importance="kronecker", neurons=False)).train()
     for batch in batches:
         model(**batch).loss.backward()
     model.base_model.update_and_allocate(0, total_steps=10)

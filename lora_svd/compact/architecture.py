@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
-from typing import cast
+from collections.abc import Container, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,16 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import LoraSVDError
 from .description import LoraSVDCompactConfig
 from .host import untie
-from .layers import LowRankEmbedding, LowRankLinear, empty_low_rank, expose_output, layer_features, tie_head
+from .layers import (
+    LowRankEmbedding,
+    LowRankLinear,
+    empty_low_rank,
+    expose_output,
+    layer_features,
+    narrowed_dense,
+    remember_shape,
+    tie_head,
+)
 
 Dense = nn.Linear | nn.Embedding | Conv1D
 
@@ -31,9 +40,13 @@ def put_empty_layers(
     for saved_name, rank in config.ranks.items():
         name, module = find_module(model, saved_name)
         untie(model, name)
+        if (shape := config.shapes.get(saved_name)) is not None:
+            module = _narrowed(model, name, module, shape)
         if saved_name not in dense:
             split = config.splits.get(saved_name)
             replaced |= _replace(model, name, module, rank, config.factor_format, split)
+        if shape is not None:
+            remember_shape(model.get_submodule(name), shape["dense"])
     for saved_head, saved_name in config.tied.items():
         (head, module), (name, embedding) = find_module(model, saved_head), find_module(model, saved_name)
         if isinstance(embedding, LowRankEmbedding) and isinstance(module, nn.Linear):
@@ -88,6 +101,23 @@ def find_module(model: PreTrainedModel, name: str) -> tuple[str, nn.Module]:
         f"{name}: named in this compact checkpoint's ranks, but {type(model).__name__} has no such module. Load it "
         "with the class it was saved from"
     )
+
+
+def _narrowed(model: PreTrainedModel, name: str, dense: nn.Module, shape: Mapping[str, Any]) -> nn.Module:
+    """Put a dense layer without the features of some neurons into a model, and return it."""
+    if isinstance(dense, nn.Identity | LowRankLinear):
+        return dense
+    found = list(layer_features(dense))[::-1] if isinstance(dense, nn.Linear | Conv1D) else type(dense).__name__
+    if found == list(shape["kept"]):  # the code of the folder has put it there
+        return dense
+    if found != list(shape["dense"]):
+        raise LoraSVDError(
+            f"{name}: the compact checkpoint keeps {shape['kept']} of {shape['dense']} features, but the model has "
+            f"{found}. Restore the config.json that was saved with it, or load it with the class it was saved from"
+        )
+    new = narrowed_dense(dense, shape["kept"])
+    model.set_submodule(name, new)
+    return new
 
 
 def _replace(

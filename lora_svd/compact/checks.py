@@ -21,10 +21,15 @@ from .layers import LowRankLinear
 
 
 def check_types(
-    ranks: Any, quantized: Any, splits: Any, counts: Mapping[str, Any], mappings: Mapping[str, Any]
+    ranks: Any,
+    quantized: Any,
+    splits: Any,
+    shapes: Any,
+    counts: Mapping[str, Any],
+    mappings: Mapping[str, Any],
 ) -> None:
     """Raise unless the fields of a config.json, which may come from anywhere, have their types."""
-    for field, value in {"ranks": ranks, "splits": splits, **mappings}.items():
+    for field, value in {"ranks": ranks, "splits": splits, "shapes": shapes, **mappings}.items():
         if not isinstance(value, Mapping | None):
             raise LoraSVDError(f"{field}: this compact checkpoint gives {value!r}, expected a mapping")
     for head, embedding in (mappings["tied"] or {}).items():
@@ -39,8 +44,25 @@ def check_types(
     for name, split in (splits or {}).items():
         if not (isinstance(split, list) and len(split) == 2 and all(type(n) is int and n >= 1 for n in split)):
             raise LoraSVDError(f"{name}: the compact checkpoint is split by {split!r}, expected two positive integers")
+    for name, shape in (shapes or {}).items():
+        if not _is_shape(shape):
+            raise LoraSVDError(
+                f"{name}: the compact checkpoint gives the shape {shape!r}, expected positive integers, 'kept': [out, "
+                "in] of at most 'dense': [out, in], and 'chunks' that divide both out"
+            )
     if isinstance(quantized, str) or not all(isinstance(name, str) for name in quantized):
         raise LoraSVDError(f"quantized: this compact checkpoint gives {quantized!r}, expected a list of module names")
+
+
+def _is_shape(shape: Any) -> bool:
+    """Whether this says what is kept of a layer."""
+    if not isinstance(shape, Mapping) or shape.keys() != {"kept", "dense", "chunks"}:
+        return False
+    kept, dense, chunks = (shape[name] for name in ("kept", "dense", "chunks"))
+    pairs = all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in (kept, dense))
+    if not pairs or not all(type(number) is int and number >= 1 for number in (*kept, *dense, chunks)):
+        return False
+    return kept[0] <= dense[0] and kept[1] <= dense[1] and kept[0] % chunks == dense[0] % chunks == 0
 
 
 def check_inside(path: str | Path, folder: str | Path) -> Path:

@@ -110,6 +110,7 @@ def compact_module(
     like: Tensor,
     factor_format: str,
     metrics: Callable[[], Metrics] = Metrics,
+    rows: Tensor | None = None,
 ) -> nn.Module:
     """A module with the weight ``result`` and the bias of ``base``, independent of it.
 
@@ -118,16 +119,21 @@ def compact_module(
         base: the linear layer or embedding that is replaced; its bias is copied.
         like: a tensor of the type that the module gets, on its device.
         metrics: what an error costs, for pivoted factors in half precision, whose rounding has a choice.
+        rows: the output features of ``base`` that are left; None: all.
 
     Raises:
         NumericalError: a factor has numbers that its dtype cannot hold.
     """
     given = getattr(base, "bias", None)
     bias = given.detach() if isinstance(given, Tensor) else None
+    if bias is not None and rows is not None:
+        bias = bias[rows.to(bias.device)]
     if isinstance(result, Tensor):
         return dense_module(result.to(like.device, like.dtype), base, bias).train(base.training)
     with torch.device("meta"):
-        module = empty_low_rank(base, result.rank, factor_format, like.dtype, result.split and result.split.stored)
+        split = result.split and result.split.stored
+        kept = None if split else (result.left.shape[0], result.right.shape[1])
+        module = empty_low_rank(base, result.rank, factor_format, like.dtype, split, kept)
     module.to_empty(device=like.device)
     with torch.no_grad():
         module.weight.zero_()

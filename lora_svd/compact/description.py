@@ -20,6 +20,8 @@ class LoraSVDCompactConfig(QuantizationConfigMixin):
     Attributes:
         ranks: stored rank of each targeted module; one that is stored dense has ``min(out, in)``.
         splits: [m1, n1] of the modules that are sums of Kronecker products, as in ``LowRankLinear``.
+        shapes: of the modules that are without the features of some neurons: {"kept": [out, in], "dense": [out, in],
+            "chunks": parts of the outputs that each have the same neurons}.
         tied: the low-rank embedding by the name of the output layer that uses it.
         factor_format: "pivoted" or "factors".
         dense_parameters: numbers in the targeted weights before compression, the denominator of ``param_ratio``.
@@ -43,6 +45,7 @@ class LoraSVDCompactConfig(QuantizationConfigMixin):
         checksums: Mapping[str, str] | None = None,
         splits: Mapping[str, list[int]] | None = None,
         tied: Mapping[str, str] | None = None,
+        shapes: Mapping[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         **_: Any,
     ) -> None:
@@ -59,6 +62,7 @@ class LoraSVDCompactConfig(QuantizationConfigMixin):
             ranks,
             quantized,
             splits,
+            shapes,
             counts={"dense_parameters": dense_parameters, "tied_parameters": tied_parameters},
             mappings={"method": method, "bitsandbytes": bitsandbytes, "checksums": checksums, "tied": tied},
         )
@@ -66,6 +70,7 @@ class LoraSVDCompactConfig(QuantizationConfigMixin):
         self.ranks = dict(ranks or {})
         self.splits = dict(splits or {})
         self.tied = dict(tied or {})
+        self.shapes = {name: dict(shape) for name, shape in (shapes or {}).items()}
         self.factor_format = factor_format
         self.dense_parameters = dense_parameters
         self.tied_parameters = tied_parameters

@@ -5,7 +5,7 @@ The low-rank layers, and how a dense model gets them. Imports nothing of lora_sv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -245,10 +245,18 @@ def layer_features(dense: Any) -> tuple[int, int]:
 
 
 def empty_low_rank(
-    dense: Any, rank: int, factor_format: str, dtype: torch.dtype, split: tuple[int, int] | None
+    dense: Any,
+    rank: int,
+    factor_format: str,
+    dtype: torch.dtype,
+    split: tuple[int, int] | None,
+    kept: Sequence[int] | None = None,
 ) -> LowRankLinear:
-    """The low-rank layer that takes the place of ``dense``, without its weights."""
-    in_features, out_features = layer_features(dense)
+    """The low-rank layer that takes the place of ``dense``, without its weights.
+
+    kept: (out, in), of one without the features of some neurons.
+    """
+    in_features, out_features = layer_features(dense) if kept is None else kept[::-1]
     if isinstance(dense, nn.Embedding):
         padding = dense.padding_idx
         return LowRankEmbedding(
@@ -258,6 +266,28 @@ def empty_low_rank(
     return LowRankLinear(
         in_features, out_features, rank, bias=has_bias, factor_format=factor_format, dtype=dtype, split=split
     )
+
+
+def narrowed_dense(dense: Any, kept: Sequence[int]) -> nn.Module:
+    """A linear layer or Conv1D with the first (out, in) features of ``dense``."""
+    out_features, in_features = kept
+    is_conv = hasattr(dense, "nf")  # transformers' Conv1D, whose weight is (in, out)
+    with torch.device("meta"):
+        if is_conv:
+            new: Any = type(dense)(out_features, in_features)
+        else:
+            new = nn.Linear(in_features, out_features, bias=dense.bias is not None)
+    rows, columns = (in_features, out_features) if is_conv else (out_features, in_features)
+    new.weight = nn.Parameter(dense.weight.detach()[:rows, :columns].clone())
+    if dense.bias is not None:
+        new.bias = nn.Parameter(dense.bias.detach()[:out_features].clone())
+    return new.train(dense.training)
+
+
+def remember_shape(module: Any, dense: Sequence[int] | None) -> None:
+    """Note (out, in) of the layer that ``module``, which is without the features of some neurons, stands for."""
+    if dense is not None:
+        module.dense_shape = tuple(dense)
 
 
 def kronecker_output(
@@ -279,10 +309,15 @@ def put_low_rank_layers(model: Any, description: Mapping[str, Any]) -> None:
         dense = model.get_submodule(name)
         model.all_tied_weights_keys.pop(f"{name}.weight", None)
         split = description.get("splits", {}).get(name)
-        if split is not None or rank < min(layer_features(dense)):
+        shape = description.get("shapes", {}).get(name, {})
+        kept = shape.get("kept")
+        if split is not None or rank < min(kept or layer_features(dense)):
             split = None if split is None else tuple(split)
-            new = empty_low_rank(dense, rank, description["factor_format"], dense.weight.dtype, split)
+            new = empty_low_rank(dense, rank, description["factor_format"], dense.weight.dtype, split, kept)
             model.set_submodule(name, new)
+        elif kept is not None:
+            model.set_submodule(name, narrowed_dense(dense, kept))
+        remember_shape(model.get_submodule(name), shape.get("dense"))
     for name, embedding in description.get("tied", {}).items():
         tie_head(model, name, embedding)
     mark_loaded(model)

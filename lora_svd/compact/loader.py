@@ -21,7 +21,7 @@ from .bnb import empty_quantized, inner_quantizer, keep_unpacked, quantized_name
 from .checks import check_tensors, saved_shapes
 from .description import LoraSVDCompactConfig
 from .host import mark_quantized
-from .layers import LowRankLinear, expose_output, mark_loaded
+from .layers import LowRankLinear, expose_output, mark_loaded, remember_shape
 
 
 class LoraSVDCompactQuantizer(HfQuantizer):
@@ -68,7 +68,9 @@ class LoraSVDCompactQuantizer(HfQuantizer):
         for saved_name in config.quantized:
             name, linear = find_module(model, saved_name)
             if isinstance(linear, nn.Linear | Conv1D):
-                model.set_submodule(name, empty_quantized(linear, cast(Any, self._inner).quantization_config))
+                new = empty_quantized(linear, cast(Any, self._inner).quantization_config)
+                remember_shape(new, getattr(linear, "dense_shape", None))
+                model.set_submodule(name, new)
         if checkpoint_files:
             mark_loaded(model, missing=check_tensors(model, shapes, packed))
 

@@ -24,7 +24,7 @@ from .bnb import (
     scale_of_each,
 )
 from .convert import dense_weight
-from .layers import LowRankEmbedding, LowRankLinear
+from .layers import LowRankEmbedding, LowRankLinear, remember_shape
 from .rounding import fit_scales, mix, refit_left, round_weight
 
 PASSES = 3  # over both factors; the first takes most of what there is to gain
@@ -78,6 +78,7 @@ def quantize_modules(
                 new = _quantize_factors(module, config, metrics(name))
             else:
                 new = _quantized(full_precision(module).detach(), config, metrics(name).column, _bias(module))
+        remember_shape(new, getattr(module, "dense_shape", None))
         model.set_submodule(name, new)
 
 

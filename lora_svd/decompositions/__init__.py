@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..linalg import Metrics
 from . import elementwise, kronecker, svd
-from .factors import Factors, Split, balance, dense_sum
+from .factors import Factors, Split, balance, dense_sum, scattered
 from .pivots import PivotedFactors, pivot
 
 
@@ -52,4 +52,4 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
     "elementwise": Decomposition(elementwise.spectrum, elementwise.factorize, elementwise=True),
 }
 
-__all__ = ["DECOMPOSITIONS", "Decomposition", "Factors", "PivotedFactors", "Split", "balance", "pivot"]
+__all__ = ["DECOMPOSITIONS", "Decomposition", "Factors", "PivotedFactors", "Split", "balance", "pivot", "scattered"]

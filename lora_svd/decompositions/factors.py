@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -63,11 +64,14 @@ class Factors:
         left: (out, k), or (m1 n1, k): a column is an A_k, row after row.
         right: (k, in), or (k, m2 n2): a row is a B_k, row after row.
         split: of the weight's indices.
+        rows, columns: indices of those that they stand for, of a weight that has lost the others; None: all.
     """
 
     left: Tensor
     right: Tensor
     split: Split | None = None
+    rows: Tensor | None = None
+    columns: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -82,6 +86,23 @@ class Factors:
         """The dense weight (out, in)."""
         matrix = self.left @ self.right
         return matrix if self.split is None else self.split.restored(matrix)
+
+    def narrowed(self, like: Factors | None) -> Factors:
+        """The rows and columns that another pair stands for, of a pair that stands for all."""
+        if like is None:
+            return self
+        left = self.left if like.rows is None else self.left[like.rows]
+        right = self.right if like.columns is None else self.right[:, like.columns]
+        return replace(self, left=left, right=right, rows=like.rows, columns=like.columns)
+
+
+def scattered(matrix: Tensor, shape: Sequence[int], rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """A matrix of that shape with these rows and columns, the others zero; with gradients."""
+    if rows is not None:
+        matrix = matrix.new_zeros(shape[0], matrix.shape[1]).index_copy(0, rows, matrix)
+    if columns is not None:
+        matrix = matrix.new_zeros(matrix.shape[0], shape[1]).index_copy(1, columns, matrix)
+    return matrix
 
 
 def dense_sum(factors: Factors, other: Factors) -> Tensor:

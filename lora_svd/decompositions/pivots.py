@@ -82,7 +82,7 @@ def _exchange(coefficients: Tensor, row: int, column: int) -> Tensor:
 
 
 # Rows that are left out between two products with all of them, and those among which they are chosen.
-_TOGETHER, _CANDIDATES = 8, 32
+_TOGETHER, _CANDIDATES = 16, 64
 
 
 def spread_rows(basis: Tensor) -> Tensor:
@@ -93,19 +93,20 @@ def spread_rows(basis: Tensor) -> Tensor:
     and Boutsidis 2013): with ``G = (B^T B)^-1``, without row b it is ``tr(G + G b b^T G / (1 - b^T G b))``. Several are
     chosen among the cheapest, as if one by one, before the costs of all rows are brought up to date. (m,), int64.
     """
-    B = basis.double()
+    B, rows = basis.double(), torch.arange(len(basis))
+    left_out, surplus = torch.zeros(len(B), dtype=torch.bool), len(B) - B.shape[1]
     G = torch.linalg.inv(B.T @ B)
     leverage, raised = ((B @ G) * B).sum(1), (B @ G).square().sum(1)  # b^T G b and b^T G^2 b
-    left_out, surplus = torch.zeros(len(B), dtype=torch.bool), len(B) - B.shape[1]
     while surplus:
-        cost = (raised / (1 - leverage).clamp_min(_TINY)).masked_fill(left_out, torch.inf)
+        cost = raised / (1 - leverage).clamp_min(_TINY)
         candidates = cost.topk(min(_CANDIDATES, len(B)), largest=False).indices
-        candidates = candidates[~left_out[candidates]]
         chosen = candidates[_cheapest(B[candidates], G, min(_TOGETHER, surplus, len(candidates)))]
-        left_out[chosen] = True
+        left_out[rows[chosen]] = True
         surplus -= len(chosen)
         Y = G @ B[chosen].T
         K = torch.linalg.inv(torch.eye(len(chosen), dtype=torch.float64) - B[chosen] @ Y)
+        stay = ~left_out[rows]
+        B, rows, leverage, raised = B[stay], rows[stay], leverage[stay], raised[stay]
         across, twice = (B @ torch.cat([Y, G @ Y], dim=1)).chunk(2, dim=1)
         step = across @ K
         leverage += (step * across).sum(1)

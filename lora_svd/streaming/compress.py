@@ -45,9 +45,10 @@ def compress_checkpoint(
     Hidden states go from block to block through files; where the importance looks at gradients, the blocks are gone
     through backwards as well, from the model's loss on ``ids``. Statistics go to files, then spectra, ranks and factors
     are computed layer by layer, and the compact model is written shard by shard. It is the one that the same statistics
-    give in memory. In memory at once: a block's weights and statistics, one sequence's activations in it, the float64
-    work on one layer; at the two ends embedding and head. On disk beside ``output``: the statistics of all layers and
-    the hidden states of all tokens, before every block where there are gradients.
+    give in memory with ``neurons=False``: ranks alone are chosen. In memory at once: a block's weights and statistics,
+    one sequence's activations in it, the float64 work on one layer; at the two ends embedding and head. On disk beside
+    ``output``: the statistics of all layers and the hidden states of all tokens, before every block where there are
+    gradients.
 
     A run that was killed goes on where it was, called again with the same arguments.
 

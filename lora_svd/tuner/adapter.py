@@ -19,6 +19,7 @@ from .observer import Observer
 
 if TYPE_CHECKING:
     from ..config import LoraSVDConfig
+    from .groups import GroupSearch
 
 ADAPTERS = PREFIX + "adapters"  # the attribute of a layer that holds its adapters by name
 # Factors are stored this much larger, so that a step of an optimizer like Adam, whose length does not depend on the
@@ -28,9 +29,12 @@ _FACTOR_SCALE = 4.0
 WIDEST_BYPASS = 1024
 
 
+OF_FACTORS = ("left", "right", "rows", "columns")
+
+
 def part_of(name: str) -> str:
     """Where a tensor of that name is in a :class:`LayerAdapter`."""
-    parents = {"A": "", "B": "", "left": "factors.", "right": "factors."}
+    parents = {"A": "", "B": "", "group": "", **dict.fromkeys(OF_FACTORS, "factors.")}
     return parents.get(name, "observer.") + name
 
 
@@ -43,6 +47,9 @@ class LayerFactors(nn.Module):
         filled: False for factors that are still to be loaded or copied, which refuse to compute.
     """
 
+    rows: nn.Parameter | None
+    columns: nn.Parameter | None
+
     def __init__(self, factors: Factors, device: torch.device, *, trainable: bool, filled: bool = True) -> None:
         super().__init__()
         self.split, self.trainable, self.filled = factors.split, trainable, filled
@@ -50,6 +57,11 @@ class LayerFactors(nn.Module):
             distributed.with_averaged_gradient(nn.Parameter((_FACTOR_SCALE * side).to(device), requires_grad=trainable))
             for side in (factors.left, factors.right)
         )
+        # Parameters, though of integers: others copy an adapter parameter by parameter.
+        for name in ("rows", "columns"):
+            index: Tensor | None = getattr(factors, name)
+            of_device = None if index is None else nn.Parameter(index.to(device), requires_grad=False)
+            self.register_parameter(name, of_device)
 
     @property
     def rank(self) -> int:
@@ -57,21 +69,23 @@ class LayerFactors(nn.Module):
 
     def fits(self, saved: Mapping[str, Tensor]) -> bool:
         """Whether tensors by their names on disk have factors of these shapes."""
-        shapes = [saved[side].shape if side in saved else None for side in ("left", "right")]
-        return shapes == [self.left.shape, self.right.shape]
+        own = {name: tensor.shape for name in OF_FACTORS if (tensor := getattr(self, name)) is not None}
+        return own == {name: saved[name].shape for name in OF_FACTORS if name in saved}
 
     def value(self) -> Factors:
         """The factors themselves."""
-        return Factors(self.left / _FACTOR_SCALE, self.right / _FACTOR_SCALE, self.split)
+        return Factors(self.left / _FACTOR_SCALE, self.right / _FACTOR_SCALE, self.split, self.rows, self.columns)
 
     def product(self) -> Tensor:
-        """``left right``, (out, in), with gradients."""
+        """``left right``, (out, in), with gradients; of the rows and columns that are kept."""
         self._check_filled()
         return self.value().product()
 
     def applied(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``left (right x) + bias``, (..., out), in the type of x (..., in); autocast sees to types itself."""
+        """``left (right x) + bias``, (..., out), in the type of x (..., in); autocast sees to types itself. Of the rows
+        and columns that are kept."""
         self._check_filled()
+        bias = bias if bias is None or self.rows is None else bias[self.rows]
         autocast = torch.is_autocast_enabled(x.device.type)
         left, right, bias = (t if t is None or autocast else t.to(x.dtype) for t in (self.left, self.right, bias))
         assert left is not None
@@ -111,9 +125,13 @@ class LayerAdapter(nn.Module):
         split: in which order the weight is factorized.
         factors: that stand for the weight; None while it is whole or stays dense.
         observer: what was seen of the layer.
+        group: (1,) int64, the place among the adapter's layers of the one that takes this one's neurons, or whose
+            neurons this one takes; None without.
+        search: for such layers, while it runs.
     """
 
     factors: LayerFactors | None
+    group: Tensor | None
 
     def __init__(
         self, shape: tuple[int, int], config: LoraSVDConfig, *, r: int, alpha: float, diagonals: Mapping[str, int]
@@ -127,12 +145,32 @@ class LayerAdapter(nn.Module):
         self.A, self.B = nn.Parameter(torch.empty(r, in_features)), nn.Parameter(torch.empty(out_features, r))
         self.factors = None
         self.observer = Observer(shape, diagonals)
+        self.register_buffer("group", None)
+        self.search: GroupSearch | None = None
         self.was_loaded = False  # since its run was told
+
+    def set_requires_grad(self, requires_grad: bool) -> None:
+        """Let an optimizer train the bypass, and factors that may be trained, or not."""
+        frozen = set() if self.factors is None or self.factors.trainable else set(self.factors.parameters())
+        for parameter in self.parameters():
+            if parameter.is_leaf and parameter.is_floating_point():  # under FSDP some are no leaves
+                parameter.requires_grad_(requires_grad and parameter not in frozen)
 
     @property
     def bypass(self) -> Factors:
         """s B (out, r) and A (r, in), float32."""
         return Factors(self.scaling * self.B.detach().float(), self.A.detach().float())
+
+    @property
+    def kept_bypass(self) -> Factors:
+        """Of the rows and columns that the factors stand for."""
+        return self.bypass.narrowed(None if self.factors is None else self.factors.value())
+
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """B and A as they are used: of the rows and columns that the factors stand for."""
+        rows, columns = (None, None) if self.factors is None else (self.factors.rows, self.factors.columns)
+        B = self.B if rows is None else self.B.index_select(0, rows)
+        return B, self.A if columns is None else self.A.index_select(1, columns)
 
     @property
     def kept_rank(self) -> int:
@@ -169,12 +207,17 @@ class LayerAdapter(nn.Module):
             )
         (out_features, in_features), (rows, columns) = self.shape, self.split.shape
         rank = min(saved["right"].shape[:1], default=0) if "left" in needed else 0
+        for part, size in (("rows", rows), ("columns", columns)):
+            if part in saved:
+                self._check_index(f"{name}.{ADAPTERS}.{part_of(part)}", saved[part], size)
+        rows, columns = (len(saved[part]) if part in saved else n for part, n in (("rows", rows), ("columns", columns)))
         expected: dict[str, tuple[int, ...]] = {
             "A": (self.r, in_features),
             "B": (out_features, self.r),
             "left": (rows, rank),
             "right": (rank, columns),
             "counts": (len(COUNTS),),
+            "group": (1,),
         }
         for statistic in STATISTICS:
             is_packed = statistic in saved and saved[statistic].dim() == 1
@@ -187,8 +230,24 @@ class LayerAdapter(nn.Module):
                     f"{shape}; load it into the model it was trained on, with its own adapter_config.json"
                 )
 
+    @staticmethod
+    def _check_index(name: str, index: Tensor, size: int) -> None:
+        """Raise unless an index is one of some of ``size`` features, ascending; on the meta device it has no values."""
+        is_index = index.dim() == 1 and index.dtype == torch.int64 and 0 < len(index) <= size
+        if is_index and not index.is_meta:
+            is_index = bool((index.diff() > 0).all()) and int(index[0]) >= 0 and int(index[-1]) < size
+        if not is_index:
+            raise LoraSVDError(
+                f"{name}: is no index of some of {size} features in this adapter, expected ascending integers below "
+                f"{size}; load it into the model it was trained on, or get its file again"
+            )
+
     def _room(self, saved: Mapping[str, Tensor]) -> Factors:
-        return Factors(torch.empty_like(saved["left"]), torch.empty_like(saved["right"]), self.split)
+        left, right, *index = (torch.empty_like(saved[part]) if part in saved else None for part in OF_FACTORS)
+        assert left is not None
+        assert right is not None
+        is_narrowed = any(of is not None for of in index)
+        return Factors(left, right, None if is_narrowed else self.split, *index)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Make room for what is about to be loaded, of its shapes, and take away what is not: a run is thus resumed
@@ -199,5 +258,6 @@ class LayerAdapter(nn.Module):
             if self.factors is None or not self.factors.fits(saved):  # else an optimizer keeps what it has
                 self.set_factors(self._room(saved) if "left" in saved else None)
             self.observer.make_room(saved, self.A.device)
+            self.group = torch.empty_like(saved["group"], device=self.A.device) if "group" in saved else None
             self.was_loaded = True
         super()._load_from_state_dict(state_dict, prefix, *args)

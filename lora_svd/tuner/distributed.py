@@ -69,6 +69,14 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def gathered_objects(mine: T) -> list[T]:
+    """What every process gives, in their order; all processes have to call it."""
+    every = [mine] * world_size()
+    if len(every) > 1:
+        dist.all_gather_object(every, mine)
+    return every
+
+
 def run_alone(items: Mapping[str, T], compute: Callable[[Mapping[str, T]], Iterable[tuple[str, R]]]) -> dict[str, R]:
     """``dict(compute(items))`` in this process."""
     return dict(compute(items))

@@ -56,8 +56,8 @@ class LoraSVDEmbedding(LoraSVDLinear):
         base: Any = self.get_base_layer()
         return F.embedding(ids, matrix.T, padding_idx=base.padding_idx)
 
-    def _bypass_hidden(self, x: Tensor, adapter: LayerAdapter) -> Tensor:
-        return self._columns(x, adapter.A)
+    def _bypass_hidden(self, x: Tensor, adapter: LayerAdapter, A: Tensor) -> Tensor:
+        return self._columns(x, A)
 
     def _dense_output(self, x: Tensor) -> Tensor:
         return self._columns(x, self.dense_weight())
@@ -96,6 +96,7 @@ class LoraSVDEmbedding(LoraSVDLinear):
         the ids, is ``|g|^2 h h^T`` here and ``g g^T`` there: as if ``|g| h`` had been one more gradient of the
         embedding's outputs. The ids keep their frequencies as metric; those that g^2 has are much alike.
         """
+        h = h.detach()
         size = torch.linalg.vector_norm(g, dim=-1, keepdim=True, dtype=torch.float32) / self._divisor
         rows = (h.float() * size).reshape(1, -1, h.shape[-1])
         finite = rows.sum(-1).isfinite()

@@ -15,12 +15,14 @@ from transformers import BitsAndBytesConfig
 from ..compact.bnb import BLOCK, dtype_between, num_bytes
 from ..compact.convert import compact_module
 from ..compact.description import LoraSVDCompactConfig
+from ..compact.layers import layer_features, remember_shape
 from ..compact.quantized import check_quantization
 from ..compression import CompressionSettings, LayerInput, absorb, layer_metrics
 from ..config import PREFIX, LoraSVDConfig
 from ..decompositions import DECOMPOSITIONS, Factors
 from ..errors import LoraSVDError, NumericalError, in_module
 from ..linalg import Metrics
+from ..neurons import NeuronGroup
 from .layer import LoraSVDLinear
 from .run import NOBODY_STEPS, STEP_IT, AdapterRun
 
@@ -32,7 +34,7 @@ class Export:
     Attributes:
         modules: plain compact modules by name.
         description: what the compact model says about itself; its ``tied`` heads are still to be named.
-        inputs: of the pipeline, by layer, for metrics.
+        inputs: of the pipeline, by layer, of what is kept, for metrics.
         settings: of the compression.
         bytes_before: of the weights that are replaced.
     """
@@ -68,12 +70,13 @@ def export(run: AdapterRun) -> Export:
         elif config.compressed or run.was_observed:
             mend = "Train longer, or lower warmup and compression"
             warnings.warn(f"training ended before the schedule did: {now}. {mend}", stacklevel=4)
-        run.apply(run.compressed_to(config.param_ratio, inputs, chosen=run.chosen_ranks))
-    layers = run.layers
+        run.apply(run.compressed_to(config.param_ratio, inputs, chosen=run.chosen_size))
+    layers, kept = run.layers, run.kept_inputs(inputs)
     dtype = dtype_between(p for name, p in run.model.named_parameters() if PREFIX not in name)
-    modules = {name: _module(name, run, layer, inputs[name], settings, dtype) for name, layer in layers.items()}
+    modules = {name: _module(name, run, layer, kept[name], settings, dtype) for name, layer in layers.items()}
     description = LoraSVDCompactConfig(
-        ranks={name: min(layer.out_features, layer.in_features) for name, layer in layers.items()},
+        ranks={name: min(layer_features(module)) for name, module in modules.items()},
+        shapes=_kept_shapes(run.groups, inputs, kept),
         factor_format=config.factor_format,
         dense_parameters=sum(given.shape.parameters for given in inputs.values()),
         method={
@@ -81,7 +84,7 @@ def export(run: AdapterRun) -> Export:
             for name in ("importance", "allocation", "decomposition", "compensation", "param_ratio")
         },
     )
-    return Export(modules, description, inputs, settings, sum(layer.weight_bytes() for layer in layers.values()))
+    return Export(modules, description, kept, settings, sum(layer.weight_bytes() for layer in layers.values()))
 
 
 def _module(
@@ -111,6 +114,7 @@ def compact_layer(
     Args:
         dtype: if the base is quantized; else the module has that of the base.
     """
+    bypass = bypass.narrowed(factors)
     if factors is None:
         result: Factors | Tensor = given.weight() + bypass.product().cpu().double()
     elif given.shape.extra_rank or factors.rank >= given.shape.full_rank:
@@ -122,7 +126,25 @@ def compact_layer(
     like = layer.dense_weight()[:0].to(None if layer.quantization_backend is None else dtype)
     with in_module(name):
         metrics = partial(definite_metrics, name, given, settings)
-        return compact_module(result, layer.get_base_layer(), like, settings.factor_format, metrics)
+        module = compact_module(result, layer.get_base_layer(), like, settings.factor_format, metrics, given.rows)
+        remember_shape(module, (layer.out_features, layer.in_features) if given.is_narrowed else None)
+        return module
+
+
+def _kept_shapes(
+    groups: Mapping[str, NeuronGroup], whole: Mapping[str, LayerInput], kept: Mapping[str, LayerInput]
+) -> dict[str, Any]:
+    """What a compact model says of layers that are without the features of some neurons."""
+    neurons = {name: whole[of.consumer].shape.in_features for of in groups.values() for name in of.producers}
+    return {
+        name: {
+            "kept": [of.shape.out_features, of.shape.in_features],
+            "dense": [whole[name].shape.out_features, whole[name].shape.in_features],
+            "chunks": whole[name].shape.out_features // neurons[name] if name in neurons else 1,
+        }
+        for name, of in kept.items()
+        if of.is_narrowed
+    }
 
 
 def definite_metrics(name: str, given: LayerInput, settings: CompressionSettings) -> Metrics:
@@ -159,6 +181,14 @@ def check_export(quantization: BitsAndBytesConfig, configs: Iterable[LoraSVDConf
             "adapter's config and call set_param_ratio"
         )
     check_quantization(quantization)
+    for config in configs:
+        for name, width in (config.compact_widths or {}).items():
+            if width % BLOCK:
+                raise LoraSVDError(
+                    f"compact_widths: got {width} neurons for {name} with a quantization_config, expected a multiple "
+                    f"of {BLOCK}: so many weights share a scale. Set rank_multiple={BLOCK}, or neurons=False, in the "
+                    "adapter's config and call set_param_ratio"
+                )
     for multiple in (config.rank_multiple for config in configs):
         if multiple % BLOCK:
             warnings.warn(

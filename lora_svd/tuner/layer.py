@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ..allocation import LayerShape
 from ..compact.bnb import num_bytes
 from ..compact.layers import layer_features
-from ..decompositions import Factors, balance
+from ..decompositions import Factors, balance, scattered
 from ..errors import LoraSVDError, NumericalError
 from ..statistics import STATISTICS, LayerStatistics, StepObservation
 from ..statistics.backward import Observe
@@ -96,8 +96,10 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
         key: str,
         r: int | None = None,
         lora_alpha: float | None = None,
+        kept: tuple[int, int] | None = None,
     ) -> None:
-        """Add an adapter. ``key`` is the module's name in ``config.compact_ranks``."""
+        """Add an adapter. ``key`` is the module's name in ``config.compact_ranks``; ``kept``: (out, in) features, if
+        the adapter is without some neurons."""
         self.key = key
         r = config.r if r is None else r
         most = max(self.in_features, self.out_features, WIDEST_BYPASS)
@@ -109,9 +111,12 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
         self.lora_svd_adapters[adapter_name] = adapter
         self._init_bypass(adapter, zero=config.init_weights)
         rank = (config.compact_ranks or {}).get(key)
-        rows, columns = adapter.split.shape
-        if config.compressed and rank is not None and rank < min(rows, columns):
-            zeros = Factors(torch.zeros(rows, rank), torch.zeros(rank, columns), adapter.split)
+        rows, columns = kept or adapter.split.shape
+        if config.compressed and rank is not None and (rank < min(rows, columns) or kept):
+            index = [None if n == of else torch.arange(n) for n, of in zip((rows, columns), shape, strict=True)]
+            split = None if kept else adapter.split
+            rank = min(rank, rows, columns)
+            zeros = Factors(torch.zeros(rows, rank), torch.zeros(rank, columns), split, *index)
             adapter.set_factors(self.rounded_factors(zeros, trainable=config.trains_factors), filled=False)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -126,19 +131,16 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT does, but factors that are not trained stay frozen."""
-        super().set_adapter(adapter_names, inference_mode)
-        self._freeze_factors()
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in self.lora_svd_adapters:
+            self.adapter(name).set_requires_grad(name in names and not inference_mode)
+        self._active_adapter = names
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """As PEFT does, but factors that are not trained stay frozen."""
-        super().set_requires_grad(adapter_names, requires_grad)
-        self._freeze_factors()
-
-    def _freeze_factors(self) -> None:
-        for name in self.lora_svd_adapters:
-            factors = self.adapter(name).factors
-            if factors is not None and not factors.trainable:
-                factors.requires_grad_(False)
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if self.has_adapter(name):
+                self.adapter(name).set_requires_grad(requires_grad)
 
     def layer_shape(self, adapter_name: str, *, keep: bool) -> LayerShape:
         """Shape of what is factorized; with ``keep`` the bypass is stored on top of the kept rank."""
@@ -173,9 +175,22 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
         compressed = [adapter.factors for adapter in adapters if adapter.factors is not None]
         with torch.autocast(self.get_base_weight().device.type, enabled=False):
             parts = [] if len(compressed) == 1 else [(1 - len(compressed)) * self.dense_weight()]
-            parts += [factors.product() for factors in compressed]
-            parts += [adapter.scaling * adapter.B @ adapter.A for adapter in adapters]
+            parts += [self._kept_or_whole(factors, factors.product()) for factors in compressed]
+            for adapter in adapters:
+                B, A = adapter.sides()
+                parts.append(self._kept_or_whole(adapter.factors, adapter.scaling * B @ A))
             return reduce(torch.add, parts).to(self._float_dtype())
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether one adapter is active, so that layers give and take the features that it keeps and no others."""
+        return len(self.active_adapters) == 1
+
+    def _kept_or_whole(self, factors: LayerFactors | None, weight: Tensor) -> Tensor:
+        """The rows and columns that are kept of a weight; beside other adapters with zeros for the others."""
+        if factors is None or self._is_alone:
+            return weight
+        return scattered(weight, (self.out_features, self.in_features), factors.rows, factors.columns)
 
     def _is_hidden(self, statistic: str) -> bool:
         """Whether the gradient of the weight does not show a statistic."""
@@ -204,7 +219,11 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
     def rounded_factors(self, factors: Factors, *, trainable: bool) -> Factors:
         """Factors in the type that they are kept in, balanced, on the CPU: float32 if they are trained, else that of
         the base weight, bfloat16 if that is quantized, until PEFT makes them float32 when it loads them."""
-        dtype, balanced = torch.float32 if trainable else self._float_dtype(), balance(factors)
+        dtype = torch.float32 if trainable else self._float_dtype()
+        # An identity is exact as it stands.
+        is_dense = factors.rows is not None or factors.columns is not None
+        is_dense &= factors.rank == min(len(factors.left), factors.right.shape[1])
+        balanced = factors if is_dense else balance(factors)
         left, right = (side.cpu().to(dtype).contiguous() for side in (balanced.left, balanced.right))
         return replace(factors, left=left, right=right)
 
@@ -239,14 +258,20 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
 
     def _observed_output(self, x: Tensor, y: Tensor, mark: object) -> Tensor:
         """y, whose gradient will be observed if a statistic of the adapters looks at tokens. mark: of the input."""
-        watched = {name for adapter in self._active() for name in adapter.observer.wanted}
-        if y.requires_grad and any(STATISTICS[name].per != "step" for name in watched):
-            return Observe.apply(x, y, partial(self._observe_tokens, mark))
+        adapters = self._active()
+        watched = {name for adapter in adapters for name in adapter.observer.wanted}
+        is_watched = any(STATISTICS[name].per != "step" for name in watched) or any(of.search for of in adapters)
+        if y.requires_grad and is_watched:
+            return Observe.apply(x, y, partial(self._observe_tokens, mark), self)
         return y
 
     def _observe_tokens(self, mark: object, x: Tensor, g: Tensor) -> None:
         if not g.numel():  # an expert that is called without tokens
             return
+        for adapter in self._active():
+            if adapter.search is not None and x.requires_grad:
+                adapter.search.look(self, x)
+        x = x.detach()
         if g.dim() == 1:
             x, g = x[None], g[None]
         if self._divisor != 1:
@@ -269,7 +294,10 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
         adapter = self.adapter(adapter_name)
         change = adapter.bypass.product()
         if adapter.factors is not None:
-            change = change + adapter.factors.value().product() - self.dense_weight().to(change.dtype)
+            kept = adapter.kept_bypass.product() + adapter.factors.value().product()
+            shape = self.out_features, self.in_features
+            whole = scattered(kept, shape, adapter.factors.rows, adapter.factors.columns)
+            change = whole - self.dense_weight().to(change.dtype)
         return change.T if self.fan_in_fan_out else change
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -333,7 +361,9 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
         result = self._weight_output(x, adapters, *args, **kwargs)
         dtype = result.dtype
         for adapter in adapters:
-            result = result + F.linear(self._bypass_hidden(x, adapter), adapter.B) * adapter.scaling
+            B, A = adapter.sides()
+            change = F.linear(self._bypass_hidden(self._taken(x, adapter.factors), adapter, A), B) * adapter.scaling
+            result = result + self._given(change, adapter.factors)
         return self._observed_output(x, result.to(dtype), mark)
 
     def _autocast_input(self, x: Tensor) -> Tensor:
@@ -341,24 +371,39 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
         device = x.device.type
         return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
-    def _bypass_hidden(self, x: Tensor, adapter: LayerAdapter) -> Tensor:
+    def _taken(self, x: Tensor, factors: LayerFactors | None) -> Tensor:
+        """The features of x that factors take, of all features or of no others."""
+        if factors is None or factors.columns is None or x.shape[-1] == len(factors.columns):
+            return x
+        return x[..., factors.columns]
+
+    def _given(self, y: Tensor, factors: LayerFactors | None) -> Tensor:
+        """The features that factors give; beside other adapters with zeros for those that they do not."""
+        if factors is None or factors.rows is None or self._is_alone:
+            return y
+        return y.new_zeros(*y.shape[:-1], self.out_features).index_copy(-1, factors.rows, y)
+
+    def _bypass_hidden(self, x: Tensor, adapter: LayerAdapter, A: Tensor) -> Tensor:
         """``A x``, (..., r)."""
-        given = x if torch.is_autocast_enabled(x.device.type) else self._cast_input_dtype(x, adapter.A.dtype)
-        return F.linear(adapter.dropout(given), adapter.A)
+        given = x if torch.is_autocast_enabled(x.device.type) else self._cast_input_dtype(x, A.dtype)
+        return F.linear(adapter.dropout(given), A)
 
     def _weight_output(self, x: Tensor, adapters: Iterable[LayerAdapter], *args: Any, **kwargs: Any) -> Tensor:
         """``W x + b`` with W replaced by the factors of the compressed adapters."""
         compressed = [adapter.factors for adapter in adapters if adapter.factors is not None]
         if len(compressed) == 1:  # the usual case: the base weight is not needed at all
-            bias = getattr(self.get_base_layer(), "bias", None)
-            return self._factored_output(x, compressed[0], bias if isinstance(bias, Tensor) else None)
+            (factors,), bias = compressed, getattr(self.get_base_layer(), "bias", None)
+            if factors.rows is None or self._is_alone:
+                return self._factored_output(
+                    self._taken(x, factors), factors, bias if isinstance(bias, Tensor) else None
+                )
         result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         if compressed:
             result = result - len(compressed) * self._dense_output(x)
         for factors in compressed:
-            result = result + self._factored_output(x, factors)
+            result = result + self._given(self._factored_output(self._taken(x, factors), factors), factors)
         return result
 
     def _dense_output(self, x: Tensor) -> Tensor:

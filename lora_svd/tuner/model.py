@@ -21,10 +21,11 @@ from ..errors import LoraSVDError
 from ..schedule import Schedule
 from ..statistics import STATISTICS
 from ..statistics.shared import SharedGram
-from .adapter import ADAPTERS
+from .adapter import ADAPTERS, OF_FACTORS
 from .distillation import check_output, mixed_loss
 from .embedding import AdaptedHead, LoraSVDEmbedding
 from .export import check_export, check_unmerged, export, warn_if_larger
+from .groups import kept_features
 from .injection import adapted_layer, check_model, expand_all_linear, tied_to, value_for
 from .layer import LoraSVDLinear
 from .loading import after_loading, check_saved, key_in_model, key_on_disk
@@ -52,7 +53,7 @@ class LoraSVDModel(BaseTuner):
         self._unpacked = keep_unpacked(model)
         self._aliases = aliases(model)
         super().__init__(model, *args, **kwargs)
-        self._watch_hook = model.register_forward_pre_hook(self._watch)
+        self._watch_hook = model.register_forward_pre_hook(self._watch, with_kwargs=True)
         self.register_load_state_dict_post_hook(after_loading)
 
     # -- what a user calls ---------------------------------------------------------------------------------------------
@@ -216,11 +217,13 @@ class LoraSVDModel(BaseTuner):
             )
         return names[0]
 
-    def _watch(self, model: nn.Module, _inputs: object) -> None:
-        """Notice that the adapters are trained and nobody calls :meth:`update_and_allocate`."""
+    def _watch(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notice that the adapters are trained and nobody calls :meth:`update_and_allocate`; keep the first batch."""
         if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             for run in self.active_runs():
                 run.watch()
+                if run.search is not None and run.batch is None:
+                    run.batch = args, kwargs
 
     # -- distillation --------------------------------------------------------------------------------------------------
 
@@ -257,6 +260,7 @@ class LoraSVDModel(BaseTuner):
         if isinstance(output, LoraSVDLinear):
             output.is_output = True
         keep_to_limit({name: adapter.observer for name, adapter in run.adapters().items()}, run.config)
+        run.seek_groups()
 
     def _prepare_model(self, peft_config: LoraSVDConfig, model: nn.Module) -> None:
         expand_all_linear(peft_config, model)
@@ -277,7 +281,8 @@ class LoraSVDModel(BaseTuner):
         layer = adapted_layer(
             self.model, current_key, target, peft_config, shared=self._shared, aliases=self._aliases, **quantization
         )
-        layer.update_layer(adapter_name, peft_config, key=current_key, r=r, lora_alpha=alpha)
+        kept = kept_features(self.model, peft_config, current_key) if peft_config.compressed else None
+        layer.update_layer(adapter_name, peft_config, key=current_key, r=r, lora_alpha=alpha, kept=kept)
         if layer is target:
             return
         if adapter_name not in self.active_adapters:
@@ -332,7 +337,8 @@ class LoraSVDModel(BaseTuner):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """What DDP, given the PEFT model, is to leave alone: it would send the statistics with every forward pass, and
         factors may be replaced. The PEFT model hands its attributes on."""
-        parts = [*(f"observer.{name}" for name in (*STATISTICS, "counts")), "factors.left", "factors.right"]
+        parts = ["group", *(f"observer.{name}" for name in (*STATISTICS, "counts"))]
+        parts += [f"factors.{name}" for name in OF_FACTORS]
         return [
             f"base_model.model.{name}.{ADAPTERS}.{adapter}.{part}"
             for name, module in self.model.named_modules()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from ..allocation import LayerShape, budget_of, check_budget, given_ranks, kept_parameters
-from ..compression import CompressionSettings, LayerInput, choose_ranks, compute_spectra, factorize
+from ..compression import (
+    CompressionSettings,
+    LayerInput,
+    best_neurons,
+    choose_size,
+    factorize,
+    narrow,
+    size_choices,
+)
 from ..config import LoraSVDConfig
 from ..decompositions import Factors
 from ..errors import LoraSVDError, in_module
 from ..importance import IMPORTANCES
+from ..neurons import NeuronGroup
 from ..schedule import Schedule, build_schedule
 from ..statistics import STATISTICS
 from . import distributed
 from .adapter import LayerAdapter
+from .groups import GroupSearch, mark, marked, tried
 from .layer import LoraSVDLinear
 from .observer import pack_statistics
 from .optimizer import gradients_are_finite, hand_over, has_all_factors, trained_parameters
@@ -34,6 +44,14 @@ STEP_IT = (
 
 
 @dataclass(frozen=True)
+class ChosenSize:
+    """Ranks by layer and kept neurons by group that a user gave."""
+
+    ranks: dict[str, int]
+    widths: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Compression:
     """What the layers of an adapter become at one size. A value: nothing has changed yet.
 
@@ -41,13 +59,15 @@ class Compression:
         ranks: kept rank by layer; the full one means dense.
         factors: by layer; None where the weight stays.
         trained: factors as training has left them, by layer, from which other sizes start as well.
-        chosen: the ranks that the user gave, if these are they.
+        chosen: the ranks and widths that the user gave, if these are they.
+        widths: kept neurons by group, of those that lose some.
     """
 
     ranks: dict[str, int]
     factors: dict[str, Factors | None]
     trained: dict[str, Factors]
-    chosen: dict[str, int] | None
+    chosen: ChosenSize | None
+    widths: dict[str, int]
 
 
 class AdapterRun:
@@ -66,11 +86,13 @@ class AdapterRun:
     def __init__(self, model: nn.Module, configs: dict[str, Any], name: str) -> None:
         self.name = name
         self.model, self._configs = model, configs
-        self._chosen: dict[str, int] | None = None  # compact_ranks of the user, once those in force stand in the config
+        self._chosen: ChosenSize | None = None  # of the user, once what is in force stands in the config
         self._trained: dict[str, Factors] | None = None
         self._is_stepped = False
         self._before: list[float] | None = None
         self.missed_steps = 0
+        self.search: GroupSearch | None = None  # until groups are found
+        self.batch: Any = None  # of the first forward pass, while they are sought
 
     @property
     def config(self) -> LoraSVDConfig:
@@ -106,9 +128,31 @@ class AdapterRun:
         return {name: layer.layer_shape(self.name, keep=keep) for name, layer in self.layers.items()}
 
     @property
-    def chosen_ranks(self) -> dict[str, int] | None:
-        """``compact_ranks`` as the user gave them; None: the allocation chooses."""
-        return self._chosen if self.config.compressed else self.config.compact_ranks
+    def kept_shapes(self) -> dict[str, LayerShape]:
+        """As they stand: without the features of neurons that are gone."""
+        factors = {name: layer.adapter(self.name).factors for name, layer in self.layers.items()}
+        return {
+            name: shape if (of := factors[name]) is None else shape.narrowed(of.rows, of.columns)
+            for name, shape in self.shapes.items()
+        }
+
+    @property
+    def groups(self) -> dict[str, NeuronGroup]:
+        """Layers that share neurons, by the name of the one that takes them."""
+        groups, layers = (self.config.neuron_groups or {}) if self.config.prices_neurons else {}, self.layers.keys()
+        return {
+            consumer: NeuronGroup(consumer, tuple(producers))
+            for consumer, producers in groups.items()
+            if layers >= {consumer, *producers}
+        }
+
+    @property
+    def chosen_size(self) -> ChosenSize | None:
+        """``compact_ranks`` and ``compact_widths`` as the user gave them; None: the allocation chooses."""
+        if self.config.compressed:
+            return self._chosen
+        ranks = self.config.compact_ranks
+        return None if ranks is None else ChosenSize(ranks, self.config.compact_widths or {})
 
     def schedule(self, total_steps: int | None = None) -> Schedule:
         """The phases of this run; raises if they do not fit into ``total_steps``."""
@@ -125,7 +169,7 @@ class AdapterRun:
 
     def kept_parameters(self) -> int:
         """Numbers stored for the targeted weights as they stand."""
-        config, shapes = self.config, self.shapes
+        config, shapes = self.config, self.kept_shapes
         ranks = config.compact_ranks if config.compressed and config.compact_ranks else {}
         in_force = {name: ranks.get(name, shape.full_rank) for name, shape in shapes.items()}
         return kept_parameters(in_force, shapes, config.factor_format)
@@ -142,7 +186,8 @@ class AdapterRun:
         """Raise if the target cannot be reached, or the ranks that were given do not reach it."""
         config, shapes = self.config, self.shapes
         if config.compact_ranks and not config.compressed:
-            given_ranks(config.compact_ranks, shapes, config.param_ratio, config.factor_format)
+            if not config.compact_widths:
+                given_ranks(config.compact_ranks, shapes, config.param_ratio, config.factor_format)
         else:
             check_budget(shapes, config.param_ratio, config.factor_format)
 
@@ -165,7 +210,31 @@ class AdapterRun:
                 statistics=layer.adapter(self.name).observer.statistics,
                 trained=trained.get(name),
             )
-            for index, (name, layer) in enumerate(self.layers.items())
+            for name, layer, index in self._owned()
+        }
+
+    def _owned(self) -> Iterator[tuple[str, LoraSVDLinear, int]]:
+        """Every layer with the index of its unit, which says whose work it is: a group is one process's."""
+        of_unit = {layer: consumer for consumer, group in self.groups.items() for layer in group.layers}
+        index: dict[str, int] = {}
+        for name, layer in self.layers.items():
+            yield name, layer, index.setdefault(of_unit.get(name, name), len(index))
+
+    def units(self, inputs: Mapping[str, LayerInput]) -> dict[str, dict[str, LayerInput]]:
+        """The layers of every group, by its consumer, and every other layer on its own; in the order of the model."""
+        groups = self.groups
+        of_unit = {layer: consumer for consumer, group in groups.items() for layer in group.layers}
+        units: dict[str, dict[str, LayerInput]] = {}
+        for name, given in inputs.items():
+            units.setdefault(of_unit.get(name, name), {})[name] = given
+        return units
+
+    def kept_inputs(self, inputs: Mapping[str, LayerInput]) -> dict[str, LayerInput]:
+        """The same of what is kept of every layer as it stands."""
+        factors = {name: layer.adapter(self.name).factors for name, layer in self.layers.items()}
+        return {
+            name: given if (of := factors[name]) is None else given.narrowed(_on_cpu(of.rows), _on_cpu(of.columns))
+            for name, given in inputs.items()
         }
 
     @torch.no_grad()
@@ -174,7 +243,7 @@ class AdapterRun:
         param_ratio: float,
         inputs: dict[str, LayerInput] | None = None,
         *,
-        chosen: dict[str, int] | None = None,
+        chosen: ChosenSize | None = None,
         together: bool = False,
     ) -> Compression:
         """Ranks and factors at a size. Changes nothing.
@@ -182,37 +251,60 @@ class AdapterRun:
         Args:
             param_ratio: the budget.
             inputs: :meth:`inputs`, if they are at hand.
-            chosen: ranks to keep instead of those that the allocation would choose.
+            chosen: ranks and widths to keep instead of those that the allocation would choose.
             together: whether all processes call it; each then computes its share of the layers.
 
         Raises:
             LoraSVDError: nothing was observed, or the size is out of reach.
         """
         divide = distributed.run_divided if together else distributed.run_alone
-        config, settings, layers = self.config, self.settings, self.layers
+        config, settings, layers, groups = self.config, self.settings, self.layers, self.groups
         inputs = self.inputs(gather=together) if inputs is None else inputs
-        shapes = {name: layer.shape for name, layer in inputs.items()}
+        shapes, units = {name: layer.shape for name, layer in inputs.items()}, self.units(inputs)
+        neurons: dict[str, Tensor] = {}
         if param_ratio == 1:
             ranks = {name: shape.full_rank for name, shape in shapes.items()}
         elif chosen:
-            ranks = given_ranks(chosen, shapes, config.param_ratio, config.factor_format)
+            _check_widths(chosen.widths, groups, shapes)
+            neurons = {name: best_neurons(units[name], groups[name], w, settings) for name, w in chosen.widths.items()}
+            ranks = chosen.ranks
         else:
-            spectra = divide(inputs, lambda share: compute_spectra(share, settings).items())
-            ranks = choose_ranks(inputs, spectra, param_ratio, settings)
-        factors = divide(
-            inputs,
-            lambda share: (
-                (name, found and layers[name].rounded_factors(found, trainable=config.trains_factors))
-                for name, found in factorize(share, ranks, settings)
-            ),
+            choices = divide(units, lambda share: size_choices(share, groups, settings))
+            allocation = choose_size(choices, param_ratio, settings)
+            ranks, neurons = allocation.ranks, allocation.neurons
+        kept = {
+            unit: narrow(of, groups[unit], neurons.get(unit)) if unit in groups else of for unit, of in units.items()
+        }
+        if chosen and param_ratio < 1:
+            kept_shapes = {name: given.shape for of in kept.values() for name, given in of.items()}
+            ranks = given_ranks(ranks, kept_shapes, config.param_ratio, config.factor_format, of=shapes)
+
+        def factors_of(share: Mapping[str, dict[str, LayerInput]]) -> Iterator[tuple[str, dict[str, Factors | None]]]:
+            for unit, of in share.items():
+                yield (
+                    unit,
+                    {
+                        name: found and layers[name].rounded_factors(found, trainable=config.trains_factors)
+                        for name, found in factorize(of, ranks, settings)
+                    },
+                )
+
+        found = divide(kept, factors_of)
+        factors = {name: of for by_layer in found.values() for name, of in by_layer.items()}
+        widths = {name: len(index) for name, index in neurons.items()}
+        return Compression(
+            {name: ranks[name] for name in inputs},
+            {name: factors[name] for name in inputs},
+            self.trained_factors(),
+            chosen,
+            widths,
         )
-        return Compression(ranks, factors, self.trained_factors(), chosen)
 
     def apply(self, result: Compression, *, param_ratio: float | None = None) -> None:
         """Let factors stand for the weights, and observe no more. ``param_ratio``: a new target."""
         self._trained, self._chosen = result.trained, result.chosen
         target = {} if param_ratio is None else {"param_ratio": param_ratio}
-        self._reconfigure(compact_ranks=result.ranks, compressed=True, **target)
+        self._reconfigure(compact_ranks=result.ranks, compact_widths=result.widths or None, compressed=True, **target)
         adapters = self.adapters()
         for name, adapter in adapters.items():
             adapter.trains_factors = self.config.trains_factors
@@ -241,17 +333,42 @@ class AdapterRun:
             check_gradients(layers, self.name)
         if gradients_are_finite(self.adapters(), global_step, scaled=scaled):
             self._observe_step(layers)
+        if self.search is not None:
+            self._find_groups(self.search)
         budget = schedule.budget(global_step)
         self._trained = None
         if budget is not None and not self.fits(budget):
             self.join_statistics()
             before = trained_parameters(self.model)
-            self.apply(self.compressed_to(budget, chosen=self.chosen_ranks, together=True))
+            self.apply(self.compressed_to(budget, chosen=self.chosen_size, together=True))
             if self.config.trains_factors:
                 hand_over(optimizer, self.model, before)
         elif optimizer is not None and self.config.trains_factors and not has_all_factors(optimizer, self.model):
             hand_over(optimizer, self.model, set())  # they were loaded after it was made
         self._trained = None  # the optimizer is about to change the factors
+
+    def seek_groups(self) -> None:
+        """Let the layers look, in the next step, for those that share neurons."""
+        config = self.config
+        adapters = self.adapters().values()
+        if config.prices_neurons and config.neuron_groups is None and any(of.observer.collects for of in adapters):
+            self._set_search(GroupSearch())
+
+    def _set_search(self, search: GroupSearch | None) -> None:
+        self.search, self.batch = search, None
+        for adapter in self.adapters().values():
+            adapter.search = search
+
+    def _find_groups(self, search: GroupSearch) -> None:
+        """Take up the groups that a step has shown and that the model runs without."""
+        groups, batch, layers = search.groups(), self.batch, self.layers
+        self._set_search(None)
+        if groups and batch is not None and not any(distributed.is_sharded(p) for p in self.model.parameters()):
+            groups = tried(groups, self.model, layers, batch)
+        together = set.intersection(*map(set, distributed.gathered_objects(list(groups))))
+        groups = {name: group for name, group in groups.items() if name in together}
+        mark(groups, self.adapters())
+        self._reconfigure(neuron_groups={name: list(group.producers) for name, group in groups.items()})
 
     def watch(self) -> None:
         """Count, forward pass by forward pass, the steps of an optimizer that nobody told this run of; warn of two."""
@@ -311,13 +428,43 @@ class AdapterRun:
         compressed = any(adapter.factors is not None for adapter in adapters.values()) or (
             self.config.compressed and self.config.compact_ranks == ranks
         )
-        chosen = self.chosen_ranks
+        chosen = self.chosen_size
         self._trained, self._chosen = None, chosen
-        state = {"compressed": compressed, "compact_ranks": ranks if compressed else chosen}
+        groups = marked(adapters)
+        if compressed or groups:
+            self._set_search(None)
+        widths = {name: len(of.columns) for name in groups if (of := adapters[name].factors) and of.columns is not None}
+        given = (chosen and chosen.widths) or None
+        state = {
+            "compressed": compressed,
+            "compact_ranks": ranks if compressed else chosen and chosen.ranks,
+            "compact_widths": (widths or None) if compressed else given,
+            "neuron_groups": groups or self.config.neuron_groups,
+        }
         if any(getattr(self.config, field) != value for field, value in state.items()):
             self._reconfigure(**state)
         for adapter in adapters.values():
             adapter.observer.collect(self.config)
+
+
+def _on_cpu(index: Tensor | None) -> Tensor | None:
+    return None if index is None else index.cpu()
+
+
+def _check_widths(
+    widths: Mapping[str, int], groups: Mapping[str, NeuronGroup], shapes: Mapping[str, LayerShape]
+) -> None:
+    """Raise if a width that the user gave is none of a group, or more than it has."""
+    for name, width in widths.items():
+        if name not in groups:
+            raise LoraSVDError(
+                f"compact_widths: got {width} for {name}, which takes no neurons that other targeted layers make one "
+                f"by one; expected some of {sorted(groups)}"
+            )
+        if width > shapes[name].in_features:
+            raise LoraSVDError(
+                f"compact_widths: got {width} for {name}, expected at most its {shapes[name].in_features} neurons"
+            )
 
 
 def _weight_reader(name: str, layer: LoraSVDLinear, *, gather: bool, mine: bool) -> Callable[[], Tensor]:

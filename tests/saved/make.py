@@ -45,6 +45,8 @@ TIED = {"target_modules": ["embed_tokens", "v_proj", "up_proj", "down_proj"]}
 # is observed there, and with it what a run gives, depends on the processor.
 NO_QUERIES = {"exclude_modules": ["q_proj"]}
 
+# Neurons were not priced then.
+RANKS_ALONE = {"neurons": False} if "neurons" in LoraSVDConfig.__dataclass_fields__ else {}
 # Steps done of STEPS, and settings.
 ADAPTERS: dict[str, tuple[int, dict[str, Any]]] = {
     "adapter-warmup": (4, {"importance": "kronecker"}),
@@ -170,7 +172,7 @@ def answers(model: Any) -> Tensor:
 
 def begin(base: tf.PreTrainedModel, **settings: Any) -> PeftModel:
     torch.manual_seed(3)
-    return get_peft_model(base, LoraSVDConfig(**{**SETTINGS, **settings}))
+    return get_peft_model(base, LoraSVDConfig(**{**SETTINGS, **RANKS_ALONE, **settings}))
 
 
 def make_trainer(model: PeftModel, folder: str | Path, *, classes: bool = False, **arguments: Any) -> tf.Trainer:

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from ...analysis.plots import depth_map, grouped_bar_figure, line_figure
 from ...analysis.summary import depth_and_projection
 from .data import ReportData
-from .trained import LayerSummary
+from .trained import LayerSummary, TrainingSummary
 
-FIGURES = ("sizes", "ranks", "spectra", "importance", "loss", "size", "bytes")
+FIGURES = ("sizes", "ranks", "neurons", "spectra", "importance", "loss", "size", "bytes")
 
 
 def draw_figures(data: ReportData) -> dict[str, Figure]:
@@ -22,6 +22,7 @@ def draw_figures(data: ReportData) -> dict[str, Figure]:
     drawn = {
         "sizes": _sizes(data),
         "ranks": _ranks(data.training.layers),
+        "neurons": _neurons(data.training),
         "spectra": _spectra(data.training.layers),
         "importance": _importance(data.training.layers),
         "loss": _loss(data),
@@ -53,6 +54,12 @@ def _ranks(layers: Mapping[str, LayerSummary]) -> Figure | None:
         return None
     shares = {name: layer.kept_share for name, layer in layers.items()}
     return depth_map(shares, title="Kept rank", label="kept rank / full rank (1 = dense)")
+
+
+def _neurons(training: TrainingSummary) -> Figure | None:
+    if not (training.layers and training.neurons):
+        return None
+    return depth_map(training.neurons, title="Kept neurons", label="kept neurons / all (1 = none is gone)")
 
 
 def _spectra(layers: Mapping[str, LayerSummary]) -> Figure | None:

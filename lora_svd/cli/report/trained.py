@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerState
 
-from ...allocation import LayerShape
+from ...allocation import Allocation, Choice, LayerShape
 from ...compact import LowRankEmbedding, TiedHead, parameter_report
-from ...compression import choose_ranks, compute_spectra, factorize
-from ...decompositions import DECOMPOSITIONS, Factors
+from ...compression import LayerInput, choose_size, compute_spectra, factorize, narrow, size_choices
 from ...errors import LoraSVDError
 from ...evaluation import Perplexity
 from ...schedule import Schedule
@@ -58,12 +57,14 @@ class TrainingSummary:
         log: of the Trainer, one dict an entry, with ``step``.
         steps: optimizer steps done.
         schedule: phases of the run.
+        neurons: kept share of the neurons by the layer that takes them; empty if none could go.
     """
 
     layers: Mapping[str, LayerSummary]
     log: Sequence[Mapping[str, Any]]
     steps: int
     schedule: Schedule
+    neurons: Mapping[str, float] = field(default_factory=dict)
 
 
 class TrainedRun:
@@ -80,23 +81,30 @@ class TrainedRun:
     def __init__(self, tuner: LoraSVDModel, state: TrainerState) -> None:
         run = tuner.run()
         self._adapter, self._config, self._settings = run.name, run.config, run.settings
-        self._layers, self._inputs = run.layers, run.inputs()
+        self._layers, self._inputs, self._groups = run.layers, run.inputs(), run.groups
+        self._units = run.units(self._inputs)
+        self._kept = run.kept_inputs(self._inputs)
         self._state, self._schedule = state, run.schedule(state.max_steps)
         if self._config.param_ratio == 1:
-            self._layers, self._inputs = {}, {}
+            self._layers, self._inputs, self._kept = {}, {}, {}
 
     @cached_property
     def spectra(self) -> dict[str, Tensor]:
-        """Squared singular values of every weight in its metrics, by layer."""
-        return compute_spectra(self._inputs, self._settings)
+        """Squared singular values of what is kept of every weight in its metrics, by layer."""
+        return compute_spectra(self._kept, self._settings)
 
     def summary(self) -> TrainingSummary:
         """Ranks, spectra and training log at the merged size."""
         ranks = self._config.compact_ranks or {}
         layers = {
-            name: LayerSummary(layer.shape, ranks[name], self.spectra[name]) for name, layer in self._inputs.items()
+            name: LayerSummary(layer.shape, ranks[name], self.spectra[name]) for name, layer in self._kept.items()
         }
-        return TrainingSummary(layers, self._state.log_history, self._state.global_step, self._schedule)
+        neurons = {
+            name: self._kept[name].shape.in_features / self._inputs[name].shape.in_features
+            for name in self._groups
+            if name in self._kept
+        }
+        return TrainingSummary(layers, self._state.log_history, self._state.global_step, self._schedule, neurons)
 
     def sketched(self) -> dict[str, float]:
         """The layers that kept a sketch of a Gram matrix, and their share of the targeted parameters."""
@@ -124,56 +132,46 @@ class TrainedRun:
         with replaced(model, {name: layer.get_base_layer() for name, layer in self._layers.items()}):
             perplexities: dict[float | None, Perplexity] = {None: measure(model)}
         perplexities[parameter_report(model).param_ratio] = measure(model)
-        for modules in self.modules(self._ranks(others)):
-            with replaced(model, modules):
+        for size in self._sizes(others):
+            with replaced(model, self.modules(size)):
                 perplexities[parameter_report(model).param_ratio] = measure(model)
         return perplexities
 
-    def _ranks(self, param_ratios: Iterable[float]) -> list[dict[str, int]]:
-        """Kept ranks for each of the sizes that can be reached."""
-        ranks = []
+    @cached_property
+    def _choices(self) -> dict[str, list[Choice]]:
+        return dict(size_choices(self._units, self._groups, self._settings))
+
+    def _sizes(self, param_ratios: Iterable[float]) -> list[Allocation]:
+        """What is kept at each of the sizes that can be reached."""
+        sizes = []
         for param_ratio in param_ratios:
             try:
-                ranks.append(choose_ranks(self._inputs, self.spectra, param_ratio, self._settings))
+                sizes.append(choose_size(self._choices, param_ratio, self._settings))
             except LoraSVDError as error:
                 warnings.warn(f"report_sizes: {param_ratio} is left out of the report: {error}", stacklevel=3)
-        return ranks
+        return sizes
+
+    def _at(self, size: Allocation) -> dict[str, LayerInput]:
+        groups = self._groups
+        narrowed = {
+            name: given
+            for unit, of in self._units.items()
+            for name, given in (narrow(of, groups[unit], size.neurons.get(unit)) if unit in groups else of).items()
+        }
+        return {name: narrowed[name] for name in self._inputs}
 
     @torch.no_grad()
-    def modules(self, sizes: Sequence[Mapping[str, int]]) -> Iterator[dict[str, nn.Module]]:
-        """The layers that ``set_param_ratio`` and ``merge_and_unload`` would have made, by name, size by size.
-
-        Each weight is factorized once, at its largest rank, if the smaller ones are the leading parts of that.
-
-        Args:
-            sizes: kept rank by name, for each size.
-        """
-        if len(sizes) > 1 and DECOMPOSITIONS[self._settings.decomposition].elementwise:
-            for ranks in sizes:
-                yield from self.modules([ranks])
-            return
-        cut: dict[str, int] = {}
-        for name, inputs in self._inputs.items():
-            unchanged = inputs.shape.full_rank if inputs.trained is None else inputs.trained.rank
-            cut[name] = max((ranks[name] for ranks in sizes if ranks[name] != unchanged), default=unchanged)
-        largest = {
-            name: factors and replace(factors, left=factors.left.float().cpu(), right=factors.right.float().cpu())
-            for name, factors in factorize(self._inputs, cut, self._settings)
-        }
-        for ranks in sizes:
-            yield {name: self._module(name, ranks[name], largest[name]) for name in self._layers}
-
-    def _module(self, name: str, rank: int, largest: Factors | None) -> nn.Module:
-        layer, inputs = self._layers[name], self._inputs[name]
-        bypass = layer.adapter(self._adapter).bypass
-        if inputs.trained is not None and rank == inputs.trained.rank:
-            factors = inputs.trained
-        elif largest is None or (inputs.trained is None and rank >= inputs.shape.full_rank):
-            factors = None
-        else:
-            left, right = largest.left[:, :rank].to(bypass.left), largest.right[:rank].to(bypass.right)
-            factors = replace(largest, left=left, right=right)
-        return compact_layer(name, layer, inputs, factors, bypass, self._settings)
+    def modules(self, size: Allocation) -> dict[str, nn.Module]:
+        """The layers that ``set_param_ratio`` and ``merge_and_unload`` would have made, by name."""
+        modules, inputs = {}, self._at(size)
+        for name, factors in factorize(inputs, size.ranks, self._settings):
+            layer = self._layers[name]
+            bypass = layer.adapter(self._adapter).bypass
+            if factors is not None:
+                left, right = factors.left.to(bypass.left), factors.right.to(bypass.right)
+                factors = replace(factors, left=left, right=right)
+            modules[name] = compact_layer(name, layer, inputs[name], factors, bypass, self._settings)
+        return modules
 
 
 @contextmanager

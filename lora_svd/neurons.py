@@ -1,0 +1,177 @@
+"""Neurons that go: the hidden features of an MLP, priced by the loss that ranks are priced by. Pure, float64.
+
+A *group* is a consumer ``y = W a`` and the producers of ``a``, each feature a_j of which depends on row j of theirs
+alone, as in ``W_down (act(gate x) * up x)``. With a metric A of a, C of y, leaving out the neurons R and refitting the
+rest costs ``tr(C W_R S W_R^T)``, ``S = A_RR - A_RK A_KK^-1 A_KR``: whatever C is, ``W_K' = W A_:K A_KK^-1`` is best.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .linalg import Metrics, metric_root, metric_times, root_transpose_times
+
+_BLOCK = 64  # neurons that are left out between two updates of whole matrices
+_MOST_WIDTHS = 24
+_ALIGNED, _WIDE = 64, 256  # widths that kernels and blocks of 4-bit weights want, of as many neurons or more
+
+
+@dataclass(frozen=True)
+class NeuronGroup:
+    """Layers that share neurons, by name.
+
+    Attributes:
+        consumer: takes neuron j as input feature j.
+        producers: whose output features j, j + n, j + 2 n, ... make neuron j of n, and no other.
+    """
+
+    consumer: str
+    producers: tuple[str, ...]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return (*self.producers, self.consumer)
+
+    def kept(self, neurons: Tensor, out_features: int, width: int) -> Tensor:
+        """The output features of a producer that make some of ``width`` neurons, ascending."""
+        starts = torch.arange(0, out_features, width)
+        return (starts[:, None] + neurons).flatten()
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """Neurons in the order in which they are left out, the least useful first.
+
+    Attributes:
+        order: (m,) int64.
+        costs: (m,), by how much the loss rises with each; their sum is the cost of the set.
+        removed: (out, m), columns d whose ``d d^T`` add up to what ``W A W^T`` loses.
+    """
+
+    order: Tensor
+    costs: Tensor
+    removed: Tensor
+
+    def kept(self, width: int, total: int) -> Tensor:
+        """The neurons that are left at a width, ascending."""
+        stays = torch.ones(total, dtype=torch.bool)
+        stays[self.order[: total - width]] = False
+        return stays.nonzero().flatten()
+
+
+def eliminate(weight: Tensor, metrics: Metrics, least: int) -> Elimination:
+    """Leave out input features of a weight one by one until ``least`` are left, each time the cheapest.
+
+    With ``P = A^-1`` and the W that is refitted so far, neuron j costs ``w_j^T C w_j / P_jj``; then
+    ``W <- W - w_j a^T`` and ``P <- P - P_jj a a^T`` with ``a = P_:j / P_jj``, and ``N = W^T C W`` follows,
+    ``N <- N - a c^T - c a^T`` with ``c = N_:j - N_jj a / 2``. Exact in every step; whole matrices
+    are updated once in 64.
+
+    Args:
+        weight: W, (out, n).
+        metrics: C and A, definite; A a matrix, or a diagonal, where nothing is refitted.
+        least: features that stay, in [1, n].
+    """
+    W, A = weight.double(), metrics.column
+    num_out, number = W.shape[0], W.shape[1] - least
+    if A is None or A.dim() == 1:
+        power = torch.ones(W.shape[1], dtype=torch.float64) if A is None else A
+        cost = (W * metric_times(metrics.row, W)).sum(0) * power
+        order = cost.argsort(stable=True)[:number]
+        return Elimination(order, cost[order], W[:, order] * power[order].sqrt())
+    P = torch.cholesky_inverse(torch.linalg.cholesky(A))
+    N = W.T @ metric_times(metrics.row, W)
+    names = torch.arange(W.shape[1])
+    order, costs = torch.empty(number, dtype=torch.int64), torch.empty(number, dtype=torch.float64)
+    removed = torch.empty(num_out, number, dtype=torch.float64)
+    for start in range(0, number, _BLOCK):
+        count = min(_BLOCK, number - start)
+        a, c, scaled = (torch.zeros(len(names), count, dtype=torch.float64) for _ in range(3))
+        w = torch.zeros(num_out, count, dtype=torch.float64)
+        p_diagonal, n_diagonal = P.diagonal().clone(), N.diagonal().clone()
+        stays = torch.ones(len(names), dtype=torch.bool)
+        for i in range(count):
+            cost = (n_diagonal.clamp_min(0) / p_diagonal).masked_fill(~stays, torch.inf)
+            j = int(cost.argmin())
+            done = slice(0, i)
+            p = P[:, j] - scaled[:, done] @ a[j, done]
+            n = N[:, j] - a[:, done] @ c[j, done] - c[:, done] @ a[j, done]
+            w[:, i] = W[:, j] - w[:, done] @ a[j, done]
+            pivot = p[j].clone()
+            a[:, i] = p / pivot
+            scaled[:, i] = p
+            c[:, i] = n - n[j] / 2 * a[:, i]
+            p_diagonal -= p * a[:, i]
+            n_diagonal -= 2 * a[:, i] * c[:, i]
+            stays[j] = False
+            order[start + i], costs[start + i] = names[j], n[j].clamp_min(0) / pivot
+            removed[:, start + i] = w[:, i] / pivot.sqrt()
+        names, a, c, scaled = names[stays], a[stays], c[stays], scaled[stays]
+        P = P[stays][:, stays] - scaled @ a.T
+        cross = a @ c.T
+        N = N[stays][:, stays] - cross - cross.T
+        W = W[:, stays] - w @ a.T
+    return Elimination(order, costs, removed)
+
+
+def refit(weight: Tensor, metric: Tensor | None, kept: Tensor) -> Tensor:
+    """``W A_:K A_KK^-1``, (out, k): the columns K of a weight (out, n), which do what they can of the others' work."""
+    W = weight.double()
+    if metric is None or metric.dim() == 1:
+        return W[:, kept]
+    return torch.linalg.solve(metric[kept][:, kept], W @ metric[:, kept], left=False)
+
+
+def widths(total: int, multiple: int) -> list[int]:
+    """Up to 24 widths to choose from, ascending, multiples of ``multiple``, and of 64 where there are many; and all."""
+    multiple = math.lcm(multiple, _ALIGNED) if total >= _WIDE else multiple
+    step = multiple * -(-total // (_MOST_WIDTHS * multiple))
+    return [*range(step, total, step), total]
+
+
+@dataclass(frozen=True)
+class GroupWeights:
+    """A group's weights and metrics, by the names of its layers: those of the consumer have all neurons as columns."""
+
+    group: NeuronGroup
+    weights: Mapping[str, Tensor]
+    metrics: Mapping[str, Metrics]
+
+
+def width_spectra(
+    given: GroupWeights, elimination: Elimination, choices: Sequence[int]
+) -> Iterator[tuple[int, float, dict[str, Tensor]]]:
+    """For each width: the width, the loss that leaving out the others costs, and the spectra of what is left.
+
+    Squared singular values, descending, as :func:`..decompositions.svd.weighted_spectrum` of the producers' rows and of
+    the refitted consumer. That one's follow from ``W_K' A_KK W_K'^T = W A W^T - sum d d^T`` without a refit.
+    """
+    consumer, metrics = given.group.consumer, given.metrics[given.group.consumer]
+    W, total = given.weights[consumer].double(), given.weights[consumer].shape[1]
+    root = metric_root(metrics.row)
+    whole = root_transpose_times(root, root_transpose_times(root, W @ metric_times(metrics.column, W.T)).T)
+    removed = root_transpose_times(root, elimination.removed)
+    cost = torch.cat([torch.zeros(1, dtype=torch.float64), elimination.costs.cumsum(0)])
+    scaled = {
+        name: root_transpose_times(metric_root(given.metrics[name].column), given.weights[name].double().T).T
+        for name in given.group.producers
+    }
+    for width in choices:
+        kept, gone = elimination.kept(width, total), removed[:, : total - width]
+        spectra = {}
+        for name, rows in scaled.items():
+            index = given.group.kept(kept, len(rows), total)
+            part = rows[index]
+            row = given.metrics[name].narrowed(rows=index).row
+            spectra[name] = _eigenvalues(part.T @ metric_times(row, part), min(part.shape))
+        spectra[consumer] = _eigenvalues(whole - gone @ gone.T, min(len(whole), width))
+        yield width, float(cost[total - width]), spectra
+
+
+def _eigenvalues(matrix: Tensor, number: int) -> Tensor:
+    return torch.linalg.eigvalsh((matrix + matrix.T) / 2).flip(0)[:number].clamp_min(0)
