@@ -67,7 +67,8 @@ def observed_otherwise(bench: Benchmark, size: float, seed: int, *, change: Chan
 
 def _observed_model(bench: Benchmark) -> Any:
     model = bench.observed()
-    model.peft_config["default"].importance = IMPORTANCE
+    config: Any = model.peft_config["default"]
+    config.importance, config.neurons = IMPORTANCE, False  # ranks alone, as all rows here
     return model
 
 

@@ -277,9 +277,9 @@ ROWS = {
     "ours, kronecker + recovery": Row(partial(ours, importance="kronecker", **BEST), trains=True),
     "ours + recovery, any size from one run": Row(partial(any_size, **BEST), trains=True),
 }
-RANKS_ALONE = " (ranks alone)"  # as rows of ours were before neurons were priced
-ROWS |= {
-    name + RANKS_ALONE: Row(partial(cast(Callable[..., Any], row.make), neurons=False), trains=row.trains)
+# As rows of ours were before neurons were priced.
+RANKS_ALONE = {
+    f"{name} (ranks alone)": Row(partial(cast(Callable[..., Any], row.make), neurons=False), trains=row.trains)
     for name, row in ROWS.items()
     if name.startswith("ours")
 }
@@ -290,7 +290,7 @@ def main() -> None:
     (given,) = parser.parse_args_into_dataclasses()
     bench = Benchmark(given)
     for name in given.rows or ROWS:
-        bench.run(name, ROWS[name])
+        bench.run(name, (ROWS | RANKS_ALONE)[name])
 
 
 if __name__ == "__main__":
