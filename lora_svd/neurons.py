@@ -17,7 +17,7 @@ from torch import Tensor
 from .linalg import Metrics, metric_root, metric_times, root_transpose_times
 
 _BLOCK = 64  # neurons that are left out between two updates of whole matrices
-_MOST_WIDTHS = 24
+_MOST_WIDTHS = 12
 _ALIGNED, _WIDE = 64, 256  # widths that kernels and blocks of 4-bit weights want, of as many neurons or more
 
 
@@ -128,7 +128,7 @@ def refit(weight: Tensor, metric: Tensor | None, kept: Tensor) -> Tensor:
 
 
 def widths(total: int, multiple: int) -> list[int]:
-    """Up to 24 widths to choose from, ascending, multiples of ``multiple``, and of 64 where there are many; and all."""
+    """Up to 12 widths to choose from, ascending, multiples of ``multiple``, and of 64 where there are many; and all."""
     multiple = math.lcm(multiple, _ALIGNED) if total >= _WIDE else multiple
     step = multiple * -(-total // (_MOST_WIDTHS * multiple))
     return [*range(step, total, step), total]

@@ -126,8 +126,8 @@ def test_spectra_are_those_of_what_is_left(full_rows: bool) -> None:
 
 
 def test_widths_are_multiples_and_few() -> None:
-    assert widths(1536, 8) == list(range(64, 1537, 64))
-    assert widths(4864, 8) == [*range(256, 4864, 256), 4864]
+    assert widths(1536, 8) == list(range(128, 1537, 128))
+    assert widths(4864, 8) == [*range(448, 4864, 448), 4864]
     assert widths(300, 24) == [192, 300]
     assert widths(48, 8) == [8, 16, 24, 32, 40, 48]
     assert widths(50, 8) == [8, 16, 24, 32, 40, 48, 50]
