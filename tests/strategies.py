@@ -112,6 +112,7 @@ def configurations(draw: st.DrawFn, net: Net) -> dict[str, Any]:
         "layers_pattern": st.none() if is_regex or net.family != "net" else st.sampled_from(["blocks", ["blocks"]]),
         "modules_to_save": st.none() | st.none() | st.sampled_from([["lm_head"], ["embed_tokens", "wte"]]),
         "init_weights": st.booleans(),
+        "neurons": st.sampled_from([True, True, False]),
     }
     if given and draw(st.sampled_from([False] * 7 + [True])):
         fields["compact_ranks"] = st.fixed_dictionaries(given)
@@ -189,11 +190,12 @@ BAD: dict[str, list[Any]] = {
     **dict.fromkeys(("row_shrinkage", "correlation_shrinkage", "column_shrinkage"), NO_SHARE),
     "observed_tokens": [0, *NO_SHARE],
     **dict.fromkeys(("distillation", "lora_dropout"), NO_SHARE),
-    **dict.fromkeys(("train_factors", "init_weights", "compressed"), NO_FLAG),
+    **dict.fromkeys(("train_factors", "init_weights", "compressed", "neurons"), NO_FLAG),
     "lora_alpha": NO_ALPHA,
     "rank_pattern": [*patterns(*NO_INTEGER), ({"(": 2}, "(")],
     "alpha_pattern": [*patterns(*NO_ALPHA), ({"(": 2}, "(")],
-    "compact_ranks": patterns(*NO_INTEGER),
+    **dict.fromkeys(("compact_ranks", "compact_widths"), patterns(*NO_INTEGER)),
+    "neuron_groups": [({"proj": "up"}, "up"), ({"proj": [3]}, 3), (["proj"], ["proj"]), ({3: ["up"]}, 3)],
     "target_modules": ["", "(", "nothing", [], 3, [3], ["nothing"], {"proj": 1}, True],
     "exclude_modules": ["(", 3, [3], {"proj": 1}, False],
     "layers_to_transform": [-1, 1.5, "0", ["0"], 99, [99], True],
