@@ -39,7 +39,7 @@ def test_every_form(name: str, compensation: str, factor_format: str, tmp_path: 
     compact = model.merge_and_unload()
     assert_kept(compact, 0.6)
     low_rank = [module for module in compact.modules() if isinstance(module, LowRankLinear)]
-    assert {module.factor_format for module in low_rank} == {factor_format}
+    assert {module.factor_format for module in low_rank} <= {factor_format}  # where neurons go, all may end dense
     if compensation == "keep":  # nothing is cut at merge
         torch.testing.assert_close(logits(compact, architecture), before, rtol=1e-4, atol=1e-4)
     compact.save_pretrained(tmp_path / "compact")
@@ -106,12 +106,12 @@ def test_the_size_is_logged(tmp_path: Path) -> None:
 
 
 def test_cubic_schedule_falls_to_the_target(tmp_path: Path) -> None:
-    shares = kept_by_step(tmp_path, warmup=0.2, compression=6, compression_interval=1)
+    shares = kept_by_step(tmp_path, warmup=0.2, compression=6, compression_interval=1, neurons=False)
     t = torch.arange(7, dtype=torch.float64) / 7
     cubic = (0.6 + 0.4 * (1 - t[1:]) ** 3).tolist()
     assert shares[0] == 1
     for found, budget in zip(shares[1:7], cubic, strict=True):
-        assert budget - 0.02 < found <= budget
+        assert budget - 0.01 < found <= budget
 
 
 @pytest.mark.parametrize("schedule", [{"warmup": 3}, {"warmup": 2, "compression": 4, "compression_interval": 2}])
