@@ -30,7 +30,7 @@ def run(*words: str | Path) -> str:
 
 
 @pytest.mark.real_model
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_quickstart_in_a_few_steps(tmp_path: Path):
     run("recipes/quickstart/prepare.py")
     shorter = tmp_path / "eval.txt"
