@@ -71,7 +71,8 @@ class LayerInput:
         """The same layer with some rows and columns of its weight only."""
         if rows is None and columns is None:
             return self
-        return replace(self, shape=self.shape.narrowed(rows, columns), rows=rows, columns=columns)
+        shape = self.shape.narrowed(rows, columns)
+        return replace(self, shape=shape, rows=_on_cpu(rows), columns=_on_cpu(columns))
 
     @property
     def is_narrowed(self) -> bool:
@@ -224,6 +225,16 @@ def narrow(layers: Mapping[str, LayerInput], group: NeuronGroup, neurons: Tensor
         for name in group.producers
     }
     return {**narrowed, group.consumer: layers[group.consumer].narrowed(columns=neurons)}
+
+
+def narrow_units(
+    units: Mapping[str, Mapping[str, LayerInput]], groups: Mapping[str, NeuronGroup], neurons: Mapping[str, Tensor]
+) -> dict[str, dict[str, LayerInput]]:
+    """Every unit as in :func:`size_choices`, of the groups that lose some only the neurons that are given."""
+    return {
+        unit: narrow(layers, groups[unit], neurons[unit]) if unit in neurons else dict(layers)
+        for unit, layers in units.items()
+    }
 
 
 def choose_size(choices: Mapping[str, list[Choice]], param_ratio: float, settings: CompressionSettings) -> Allocation:

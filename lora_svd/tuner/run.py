@@ -18,7 +18,7 @@ from ..compression import (
     best_neurons,
     choose_size,
     factorize,
-    narrow,
+    narrow_units,
     size_choices,
 )
 from ..config import LoraSVDConfig
@@ -213,17 +213,19 @@ class AdapterRun:
             for name, layer, index in self._owned()
         }
 
+    def _units_of_layers(self) -> dict[str, str]:
+        """The name of the group of every layer that is in one."""
+        return {layer: consumer for consumer, group in self.groups.items() for layer in group.layers}
+
     def _owned(self) -> Iterator[tuple[str, LoraSVDLinear, int]]:
         """Every layer with the index of its unit, which says whose work it is: a group is one process's."""
-        of_unit = {layer: consumer for consumer, group in self.groups.items() for layer in group.layers}
-        index: dict[str, int] = {}
+        of_unit, index = self._units_of_layers(), {}
         for name, layer in self.layers.items():
             yield name, layer, index.setdefault(of_unit.get(name, name), len(index))
 
     def units(self, inputs: Mapping[str, LayerInput]) -> dict[str, dict[str, LayerInput]]:
         """The layers of every group, by its consumer, and every other layer on its own; in the order of the model."""
-        groups = self.groups
-        of_unit = {layer: consumer for consumer, group in groups.items() for layer in group.layers}
+        of_unit = self._units_of_layers()
         units: dict[str, dict[str, LayerInput]] = {}
         for name, given in inputs.items():
             units.setdefault(of_unit.get(name, name), {})[name] = given
@@ -233,7 +235,7 @@ class AdapterRun:
         """The same of what is kept of every layer as it stands."""
         factors = {name: layer.adapter(self.name).factors for name, layer in self.layers.items()}
         return {
-            name: given if (of := factors[name]) is None else given.narrowed(_on_cpu(of.rows), _on_cpu(of.columns))
+            name: given if (of := factors[name]) is None else given.narrowed(of.rows, of.columns)
             for name, given in inputs.items()
         }
 
@@ -272,9 +274,7 @@ class AdapterRun:
             choices = divide(units, lambda share: size_choices(share, groups, settings))
             allocation = choose_size(choices, param_ratio, settings)
             ranks, neurons = allocation.ranks, allocation.neurons
-        kept = {
-            unit: narrow(of, groups[unit], neurons.get(unit)) if unit in groups else of for unit, of in units.items()
-        }
+        kept = narrow_units(units, groups, neurons)
         if chosen and param_ratio < 1:
             kept_shapes = {name: given.shape for of in kept.values() for name, given in of.items()}
             ranks = given_ranks(ranks, kept_shapes, config.param_ratio, config.factor_format, of=shapes)
@@ -445,10 +445,6 @@ class AdapterRun:
             self._reconfigure(**state)
         for adapter in adapters.values():
             adapter.observer.collect(self.config)
-
-
-def _on_cpu(index: Tensor | None) -> Tensor | None:
-    return None if index is None else index.cpu()
 
 
 def _check_widths(

@@ -15,7 +15,7 @@ from transformers import TrainerState
 
 from ...allocation import Allocation, Choice, LayerShape
 from ...compact import LowRankEmbedding, TiedHead, parameter_report
-from ...compression import LayerInput, choose_size, compute_spectra, factorize, narrow, size_choices
+from ...compression import LayerInput, choose_size, compute_spectra, factorize, narrow_units, size_choices
 from ...errors import LoraSVDError
 from ...evaluation import Perplexity
 from ...schedule import Schedule
@@ -152,12 +152,8 @@ class TrainedRun:
         return sizes
 
     def _at(self, size: Allocation) -> dict[str, LayerInput]:
-        groups = self._groups
-        narrowed = {
-            name: given
-            for unit, of in self._units.items()
-            for name, given in (narrow(of, groups[unit], size.neurons.get(unit)) if unit in groups else of).items()
-        }
+        units = narrow_units(self._units, self._groups, size.neurons).values()
+        narrowed = {name: given for of in units for name, given in of.items()}
         return {name: narrowed[name] for name in self._inputs}
 
     @torch.no_grad()
