@@ -54,6 +54,7 @@ class CostArguments:
     steps: int = field(default=60, metadata={"help": "Optimizer steps of a whole run."})
     repetitions: int = field(default=7, metadata={"help": "Of each of the two things that are compared."})
     blocks: int = field(default=3, metadata={"help": "Decoder blocks, of seven layers each, that are factorized."})
+    compact: list[str] = field(default_factory=list, metadata={"help": "Folders of compact models."})
 
 
 class Texts:

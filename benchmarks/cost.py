@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from common import CostArguments, Results
 from cost_growth import growth
-from cost_inference import inference
+from cost_inference import inference, inference_of
 from cost_training import factorization, training_step, whole_run
 from transformers import HfArgumentParser
 
@@ -36,6 +36,7 @@ ROWS: dict[str, Callable[[CostArguments], dict[str, Any]]] = {
     "inference, pivoted": partial(inference, factor_format="pivoted", dtype="float32"),
     "inference, pivoted, bfloat16": partial(inference, factor_format="pivoted", dtype="bfloat16"),
     "inference, factors": partial(inference, factor_format="factors", dtype="float32"),
+    "inference of compact models": partial(inference_of, dtype="float32"),
     "run": partial(whole_run, config=SIZE),
     "run, distilled": partial(whole_run, config={**SIZE, "distillation": 0.5}),
     **{f"growth, {hidden}": partial(growth, hidden=hidden) for hidden in (512, 1024, 2048, 4096)},

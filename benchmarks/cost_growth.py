@@ -27,8 +27,8 @@ from lora_svd.allocation import FACTOR_FORMATS, LayerShape, candidate_ranks, sto
 from lora_svd.analysis.tables import markdown_table
 from lora_svd.compact.bnb import num_bytes
 from lora_svd.compact.convert import compact_module
-from lora_svd.compression import layer_metrics
 from lora_svd.decompositions import Factors
+from lora_svd.inputs import layer_metrics
 
 SIZE = {"param_ratio": 0.8, "importance": "lora_diagonal", "allocation": "uniform"}  # uniform: no layer is left dense
 INFERENCE_SIZE = 0.4

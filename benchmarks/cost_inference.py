@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lora_svd import LoraSVDConfig
-from lora_svd.compact import LowRankLinear, save_compact
+from lora_svd.compact import LowRankLinear, parameter_report, save_compact
 from lora_svd.compact.bnb import num_bytes
 
 SIZES = (0.8, 0.6, 0.4, 0.2)
@@ -30,12 +30,24 @@ def inference(given: CostArguments, factor_format: str, dtype: str) -> dict[str,
             tuned: Any = get_peft_model(loaded(given.model, dtype), config)
             tuned.base_model.set_param_ratio(size)
             save_compact(tuned.merge_and_unload(), folder)
-            compact = loaded(folder, dtype)
-            found[str(size)] = compared(given, compact, dense) | {
-                "load": paired(lambda: loaded(folder, dtype), lambda: loaded(given.model, dtype), 3),
-                "bytes_ratio": round(model_bytes(compact) / model_bytes(dense), 4),
-            }
+            found[str(size)] = compared_folder(given, folder, dense, dtype)
     return found
+
+
+def inference_of(given: CostArguments, dtype: str) -> dict[str, Any]:
+    """The same of the compact models in folders, which may be without some neurons and heads."""
+    dense = loaded(given.model, dtype)
+    sizes = {folder: round(parameter_report(loaded(folder, dtype)).param_ratio, 4) for folder in given.compact}
+    return {"dtype": dtype} | {str(sizes[of]): compared_folder(given, of, dense, dtype) for of in given.compact}
+
+
+def compared_folder(given: CostArguments, folder: str, dense: Any, dtype: str) -> dict[str, Any]:
+    """Speed, loading and bytes of a compact model in a folder, over those of the dense one."""
+    compact = loaded(folder, dtype)
+    return compared(given, compact, dense) | {
+        "load": paired(lambda: loaded(folder, dtype), lambda: loaded(given.model, dtype), 3),
+        "bytes_ratio": round(model_bytes(compact) / model_bytes(dense), 4),
+    }
 
 
 def loaded(folder: str, dtype: str) -> Any:

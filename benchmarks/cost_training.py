@@ -14,7 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from lora_svd import LoraSVDCallback, LoraSVDConfig
-from lora_svd.compression import LayerInput, choose_ranks, compute_spectra, factorize, layer_metrics
+from lora_svd.compression import choose_size, factorize, size_choices
+from lora_svd.inputs import LayerInput, layer_metrics, units_of
 from lora_svd.linalg import Metrics
 
 LORA = {"r": 16, "lora_alpha": 16, "target_modules": "all-linear"}
@@ -127,7 +128,8 @@ def factorization(given: CostArguments, config: dict[str, Any]) -> dict[str, Any
     few = dict(list(inputs.items())[: 7 * given.blocks])
 
     def ours() -> None:
-        ranks = choose_ranks(few, compute_spectra(few, settings), config["param_ratio"], settings)
+        choices = dict(size_choices(units_of(few, {}), {}, settings))
+        ranks = choose_size(choices, config["param_ratio"], settings).ranks
         assert len(list(factorize(few, ranks, settings))) == len(few)
 
     def theirs() -> None:

@@ -81,35 +81,6 @@ def check_budget(shapes: Mapping[str, LayerShape], param_ratio: float, factor_fo
         )
 
 
-def allocate_ranks(
-    spectra: Mapping[str, Tensor],
-    shapes: Mapping[str, LayerShape],
-    *,
-    param_ratio: float,
-    allocation: str = "global",
-    factor_format: str = "pivoted",
-    rank_multiple: int = 8,
-) -> dict[str, int]:
-    """Ranks by layer whose stored numbers are at most ``param_ratio`` of the targeted weights.
-
-    Args:
-        spectra: by layer, the squared singular values in the metric of the loss, descending, (full_rank,).
-        shapes: by layer.
-        param_ratio: kept / original numbers of the targeted weights, in (0, 1].
-        allocation: "global" minimizes the summed discarded squares under one budget, "uniform" gives every layer the
-            same share of its own size.
-        factor_format: "pivoted" or "factors": what a rank costs.
-        rank_multiple: ranks are multiples of this (or 1, or dense).
-
-    Raises:
-        LoraSVDError: rank 1 everywhere exceeds the budget, or an unknown ``allocation``.
-    """
-    units = {name: [Choice(None, 0.0, {name: spectra[name]}, {name: shape})] for name, shape in shapes.items()}
-    return allocate(
-        units, param_ratio=param_ratio, allocation=allocation, factor_format=factor_format, rank_multiple=rank_multiple
-    ).ranks
-
-
 @dataclass(frozen=True)
 class Choice:
     """A number of neurons that a group of layers can keep; of a layer on its own the only choice.
@@ -117,14 +88,17 @@ class Choice:
     Attributes:
         neurons: those kept, ascending; None: all there are, or a layer on its own.
         error: what leaving out the others costs.
-        spectra: as in :func:`allocate_ranks`, of what is left of each layer.
+        spectra: by layer, of what is left of it, the squared singular values in the metric of the loss, descending,
+            (full_rank,).
         shapes: of the same.
+        heads: whether the neurons are heads.
     """
 
     neurons: Tensor | None
     error: float
     spectra: Mapping[str, Tensor]
     shapes: Mapping[str, LayerShape]
+    heads: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,8 +131,11 @@ def allocate(
 
     Args:
         units: what each group, or layer on its own, can keep; the last choice is all of it.
-        param_ratio, allocation, factor_format, rank_multiple: as in :func:`allocate_ranks`. Other allocations than
-            "global" choose ranks alone.
+        param_ratio: kept / original numbers of the targeted weights, in (0, 1].
+        allocation: "global" minimizes the summed errors under one budget, "uniform" chooses ranks alone and gives every
+            layer the same share of its own size.
+        factor_format: "pivoted" or "factors": what a rank costs.
+        rank_multiple: ranks are multiples of this (or 1, or dense).
 
     Raises:
         LoraSVDError: rank 1 everywhere exceeds the budget, or an unknown ``allocation``.
@@ -221,6 +198,20 @@ def given_ranks(
     return ranks
 
 
+def check_size(
+    shapes: Mapping[str, LayerShape],
+    param_ratio: float,
+    factor_format: str,
+    ranks: Mapping[str, int] | None,
+    widths: Mapping[str, int] | None,
+) -> None:
+    """Raise if the budget cannot be reached, or if given ranks exceed it; of ranks beside widths that shows later."""
+    if not ranks:
+        check_budget(shapes, param_ratio, factor_format)
+    elif not widths:
+        given_ranks(ranks, shapes, param_ratio, factor_format)
+
+
 @dataclass(frozen=True)
 class Options:
     """Ranks that a layer can have, ascending, their cost in numbers and the error they leave."""
@@ -262,28 +253,46 @@ def _global(options: dict[str, Options], shapes: Mapping[str, LayerShape], param
 
 def _with_neurons(priced: Mapping[str, list[tuple[Choice, dict[str, Options]]]], budget: int) -> Allocation:
     """The same over neurons and ranks together."""
+    units = {
+        name: _UnitOptions([choice.error for choice, _ in choices], [list(by.values()) for _, by in choices])
+        for name, choices in priced.items()
+    }
 
-    def value(choice: Choice, options: Mapping[str, Options], price: float) -> tuple[float, int]:
-        best = [(of, of.best(price)) for of in options.values()]
-        cost = sum(of.costs[i] for of, i in best)
-        return choice.error + sum(of.errors[i] for of, i in best) + price * cost, cost
+    def fits(price: float) -> bool:
+        return sum(unit.best(price)[1] for unit in units.values()) <= budget
 
-    def choose(price: float) -> dict[str, int]:
-        return {
-            name: min(range(len(choices)), key=lambda i: value(*choices[i], price)) for name, choices in priced.items()
-        }
-
-    def cost(price: float) -> int:
-        return sum(value(*priced[name][i], price)[1] for name, i in choose(price).items())
-
-    errors = (
-        choice.error + of.errors[0] for choices in priced.values() for choice, by in choices for of in by.values()
-    )
-    price = _least_price(lambda price: cost(price) <= budget, max(errors))
-    kept = {name: priced[name][i] for name, i in choose(price).items()}
+    price = _least_price(fits, max(unit.largest_error for unit in units.values()))
+    kept = {name: priced[name][unit.best(price)[0]] for name, unit in units.items()}
     options = {layer: of for _, by in kept.values() for layer, of in by.items()}
     chosen = _spend(options, {layer: of.best(price) for layer, of in options.items()}, budget)
     return _allocation({name: choice for name, (choice, _) in kept.items()}, options, chosen)
+
+
+class _UnitOptions:
+    """All that a group, or a layer on its own, can keep, in arrays (choices, layers, ranks).
+
+    Args:
+        errors: of each choice, before any truncation.
+        options: the ranks of each of its layers.
+    """
+
+    def __init__(self, errors: Sequence[float], options: Sequence[Sequence[Options]]) -> None:
+        most = max(len(of.ranks) for choice in options for of in choice)
+        self._chosen = np.array(errors)
+        self._errors = np.full((len(options), len(options[0]), most), np.inf)
+        self._costs = np.zeros(self._errors.shape)
+        for i, choice in enumerate(options):
+            for j, of in enumerate(choice):
+                self._errors[i, j, : len(of.ranks)], self._costs[i, j, : len(of.ranks)] = of.errors, of.costs
+        self.largest_error = float((self._chosen[:, None] + self._errors[:, :, 0]).max())
+
+    def best(self, price: float) -> tuple[int, int]:
+        """Index and cost of the choice of least ``error + price * cost``."""
+        at = (self._errors + price * self._costs).argmin(-1, keepdims=True)
+        costs = np.take_along_axis(self._costs, at, -1).sum((1, 2))
+        values = self._chosen + np.take_along_axis(self._errors, at, -1).sum((1, 2)) + price * costs
+        index = int(values.argmin())
+        return index, int(costs[index])
 
 
 def _least_price(fits: Callable[[float], bool], largest_error: float) -> float:

@@ -10,131 +10,22 @@ Weights come as functions, so that one dense float64 matrix is in memory at a ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .allocation import Allocation, Choice, LayerShape, allocate, allocate_ranks
+from .allocation import Allocation, Choice, LayerShape, allocate, given_ranks
 from .decompositions import DECOMPOSITIONS, Factors, scattered
-from .errors import LoraSVDError, NumericalError, in_module, warn_numerical
-from .importance import IMPORTANCES
-from .linalg import Metrics, non_finite, shrink
-from .neurons import GroupWeights, NeuronGroup, eliminate, refit, width_spectra, widths
-from .statistics import STATISTICS, LayerStatistics
+from .errors import LoraSVDError, in_module
+from .inputs import CompressionSettings, LayerInput, layer_metrics, narrow, narrow_units, on_cpu, whole_metrics
+from .neurons import GroupWeights, NeuronGroup, refit, width_spectra, widths
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class CompressionSettings:
-    """The choices of one compression, as in ``LoraSVDConfig``."""
-
-    importance: str
-    allocation: str
-    decomposition: str
-    factor_format: str
-    rank_multiple: int
-    row_shrinkage: float
-    correlation_shrinkage: float
-    column_shrinkage: float
-
-    @classmethod
-    def of(cls, config: object) -> CompressionSettings:
-        """The choices that a ``LoraSVDConfig`` makes."""
-        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
-
-
-@dataclass(frozen=True)
-class LayerInput:
-    """What the pipeline needs of one layer.
-
-    Attributes:
-        shape: of the matrix that is factorized, and the ranks stored on top of the kept one.
-        weight: returns the frozen weight, (out, in), on the CPU in float64.
-        statistics: returns what was observed.
-        trained: factors that training has changed, if it has.
-        rows, columns: those that are kept of the weight; None: all.
-    """
-
-    shape: LayerShape
-    weight: Callable[[], Tensor]
-    statistics: Callable[[], LayerStatistics]
-    trained: Factors | None = None
-    rows: Tensor | None = None
-    columns: Tensor | None = None
-
-    def narrowed(self, rows: Tensor | None = None, columns: Tensor | None = None) -> LayerInput:
-        """The same layer with some rows and columns of its weight only."""
-        if rows is None and columns is None:
-            return self
-        shape = self.shape.narrowed(rows, columns)
-        return replace(self, shape=shape, rows=_on_cpu(rows), columns=_on_cpu(columns))
-
-    @property
-    def is_narrowed(self) -> bool:
-        return self.rows is not None or self.columns is not None
-
-    def keeps_the_same(self, factors: Factors) -> bool:
-        """Whether factors stand for the same rows and columns."""
-        pairs = ((self.rows, factors.rows), (self.columns, factors.columns))
-        return all(a is b or (a is not None and b is not None and torch.equal(a, b.cpu())) for a, b in pairs)
-
-
-def layer_metrics(name: str, layer: LayerInput, settings: CompressionSettings) -> Metrics:
-    """The row and column metric of one layer, shrunk so that the factorization is well posed; zero stays zero. Of the
-    rows and columns that are kept.
-
-    Raises:
-        LoraSVDError: the layer was never observed.
-        NumericalError: its statistics are not finite.
-    """
-    return _whole_metrics(name, layer, settings).narrowed(layer.rows, layer.columns)
-
-
-def _whole_metrics(name: str, layer: LayerInput, settings: CompressionSettings) -> Metrics:
-    """:func:`layer_metrics` of all rows and columns.
-
-    Raises:
-        LoraSVDError: the layer was never observed.
-        NumericalError: its statistics are not finite.
-    """
-    importance = IMPORTANCES[settings.importance]
-    seen = layer.statistics()
-    for statistic in importance.statistics:
-        if statistic not in seen.sums or not seen.counts[STATISTICS[statistic].per]:
-            raise LoraSVDError(
-                f"{name}: nothing was observed for importance={settings.importance!r} ({statistic} is missing). Train "
-                "at least one step (loss.backward(), then update_and_allocate(step) or LoraSVDCallback) before "
-                "compressing, leave a layer that has no part in the loss out with exclude_modules, or use "
-                "importance='none'"
-            )
-        if bad := non_finite(seen.sums[statistic]):
-            raise NumericalError(
-                f"{name}: {statistic} has {bad}; a batch gave a non-finite loss or gradient. Lower the learning rate, "
-                "or train in float32 or bfloat16"
-            )
-    with in_module(name):
-        metrics = importance.metrics(seen)
-        if zero := metrics.zero:
-            dead = [statistic for statistic in importance.statistics if not bool(seen.sums[statistic].any())]
-            warn_numerical(
-                f"{', '.join(dead or zero)} was zero in every observed step, so that no error in this layer costs "
-                "anything: allocation='global' gives it the least rank. Observe text that it works on, or leave it as "
-                f"it is: exclude_modules={[name]}"
-            )
-        return Metrics(
-            row=shrink(metrics.row, settings.row_shrinkage, settings.correlation_shrinkage),
-            column=shrink(metrics.column, settings.column_shrinkage),
-            elements=None if metrics.elements is None else _shrunk_elements(metrics.elements, settings.row_shrinkage),
-        )
-
-
-def _shrunk_elements(elements: Tensor, amount: float) -> Tensor:
-    return shrink(elements.flatten(), amount).view_as(elements)
+_HEADS_GAIN = 0.01
 
 
 def compute_spectra(layers: Mapping[str, LayerInput], settings: CompressionSettings) -> dict[str, Tensor]:
@@ -194,72 +85,84 @@ def _group_weights(
 def _group_choices(
     given: GroupWeights, layers: Mapping[str, LayerInput], settings: CompressionSettings
 ) -> list[Choice]:
-    consumer, total = given.group.consumer, layers[given.group.consumer].shape.in_features
-    possible = widths(total, settings.rank_multiple)
-    elimination = eliminate(given.weights[consumer], given.metrics[consumer], possible[0])
+    possible = widths(given.units, 1 if given.group.heads else settings.rank_multiple)
+    elimination = given.eliminated(possible[0])
     choices = []
     for width, error, spectra in width_spectra(given, elimination, possible):
-        neurons = None if width == total else elimination.kept(width, total)
+        neurons = None if width == given.units else elimination.kept(width, given.units)
         shapes = {name: layer.shape for name, layer in narrow(layers, given.group, neurons).items()}
-        choices.append(Choice(neurons, error, spectra, shapes))
+        choices.append(Choice(neurons, error, spectra, shapes, heads=bool(given.group.heads)))
     return choices
 
 
 def best_neurons(
     layers: Mapping[str, LayerInput], group: NeuronGroup, width: int, settings: CompressionSettings
 ) -> Tensor:
-    """The neurons of a group that stay at a width, ascending."""
+    """The neurons or heads of a group that stay at a width, ascending."""
     consumer = layers[group.consumer]
     with in_module(group.consumer):
         metrics = layer_metrics(group.consumer, consumer, settings).definite
-        return eliminate(consumer.weight(), metrics, width).kept(width, consumer.shape.in_features)
-
-
-def narrow(layers: Mapping[str, LayerInput], group: NeuronGroup, neurons: Tensor | None) -> dict[str, LayerInput]:
-    """The layers of a group without the rows that make, and the columns that take, other neurons than these."""
-    if neurons is None:
-        return dict(layers)
-    total = layers[group.consumer].shape.in_features
-    narrowed = {
-        name: layers[name].narrowed(rows=group.kept(neurons, layers[name].shape.out_features, total))
-        for name in group.producers
-    }
-    return {**narrowed, group.consumer: layers[group.consumer].narrowed(columns=neurons)}
-
-
-def narrow_units(
-    units: Mapping[str, Mapping[str, LayerInput]], groups: Mapping[str, NeuronGroup], neurons: Mapping[str, Tensor]
-) -> dict[str, dict[str, LayerInput]]:
-    """Every unit as in :func:`size_choices`, of the groups that lose some only the neurons that are given."""
-    return {
-        unit: narrow(layers, groups[unit], neurons[unit]) if unit in neurons else dict(layers)
-        for unit, layers in units.items()
-    }
+        given = GroupWeights(group, {group.consumer: consumer.weight()}, {group.consumer: metrics})
+        return given.eliminated(width).kept(width, given.units)
 
 
 def choose_size(choices: Mapping[str, list[Choice]], param_ratio: float, settings: CompressionSettings) -> Allocation:
-    """Kept ranks by layer, the full one means dense, and the neurons of the groups that lose some."""
-    return allocate(
-        choices,
-        param_ratio=param_ratio,
-        allocation=settings.allocation,
-        factor_format=settings.factor_format,
-        rank_multiple=settings.rank_multiple,
+    """Kept ranks by layer, the full one means dense, and the neurons of the groups that lose some.
+
+    Heads go where that is predicted to be better by 1 % of the loss: a head is a larger change than one that the second
+    order describes, and what it does on other text was not observed.
+    """
+    without = {name: of[-1:] if of[-1].heads else of for name, of in choices.items()}
+    found, with_heads = (
+        allocate(
+            of,
+            param_ratio=param_ratio,
+            allocation=settings.allocation,
+            factor_format=settings.factor_format,
+            rank_multiple=settings.rank_multiple,
+        )
+        for of in (without, choices)
     )
+    return with_heads if with_heads.error < (1 - _HEADS_GAIN) * found.error else found
 
 
-def choose_ranks(
-    layers: Mapping[str, LayerInput], spectra: Mapping[str, Tensor], param_ratio: float, settings: CompressionSettings
-) -> dict[str, int]:
-    """Kept rank by layer; the full one means dense."""
-    return allocate_ranks(
-        spectra,
-        {name: layer.shape for name, layer in layers.items()},
-        param_ratio=param_ratio,
-        allocation=settings.allocation,
-        factor_format=settings.factor_format,
-        rank_multiple=settings.rank_multiple,
-    )
+def given_size(
+    units: Mapping[str, Mapping[str, LayerInput]],
+    groups: Mapping[str, NeuronGroup],
+    ranks: Mapping[str, int],
+    widths: Mapping[str, int],
+    param_ratio: float,
+    settings: CompressionSettings,
+) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """Kept ranks by layer, and the neurons of the groups that lose some, of a size that the user gave.
+
+    Raises:
+        LoraSVDError: a width is none of a group, or more than it has; or as :func:`.allocation.given_ranks`.
+    """
+    shapes = _shapes(units)
+    _check_widths(widths, groups, shapes)
+    neurons = {name: best_neurons(units[name], groups[name], width, settings) for name, width in widths.items()}
+    kept = _shapes(narrow_units(units, groups, neurons))
+    return given_ranks(ranks, kept, param_ratio, settings.factor_format, of=shapes), neurons
+
+
+def _shapes(units: Mapping[str, Mapping[str, LayerInput]]) -> dict[str, LayerShape]:
+    return {name: layer.shape for of in units.values() for name, layer in of.items()}
+
+
+def _check_widths(
+    widths: Mapping[str, int], groups: Mapping[str, NeuronGroup], shapes: Mapping[str, LayerShape]
+) -> None:
+    """Raise if a width that the user gave is none of a group, or more than it has."""
+    for name, width in widths.items():
+        if name not in groups:
+            raise LoraSVDError(
+                f"compact_widths: got {width} for {name}, which takes no neurons or heads that other targeted layers "
+                f"make one by one; expected some of {sorted(groups)}"
+            )
+        if width > (units := groups[name].units(shapes[name].in_features)):
+            unit = "heads" if groups[name].heads else "neurons"
+            raise LoraSVDError(f"compact_widths: got {width} for {name}, expected at most its {units} {unit}")
 
 
 def factorize(
@@ -309,7 +212,7 @@ def _narrowed(name: str, layer: LayerInput, weight: Tensor, settings: Compressio
     weight = weight if layer.rows is None else weight[layer.rows]
     if layer.columns is None:
         return weight
-    return refit(weight, _whole_metrics(name, layer, settings).definite.column, layer.columns)
+    return refit(weight, whole_metrics(name, layer, settings).definite.column, layer.columns)
 
 
 def trained_weight(name: str, layer: LayerInput, settings: CompressionSettings) -> Tensor:
@@ -318,17 +221,13 @@ def trained_weight(name: str, layer: LayerInput, settings: CompressionSettings) 
     weight, trained = layer.weight(), layer.trained
     if trained is None:
         return weight
-    before = replace(layer, rows=_on_cpu(trained.rows), columns=_on_cpu(trained.columns))
+    before = replace(layer, rows=on_cpu(trained.rows), columns=on_cpu(trained.columns))
     truncated = _narrowed(name, before, weight, settings)
     if trained.rank < min(truncated.shape):
         metrics = layer_metrics(name, before, settings).definite
         truncated = DECOMPOSITIONS[settings.decomposition].factorize(truncated, metrics, trained.rank).product()
     change = trained.product().cpu().double() - truncated
     return weight + scattered(change, weight.shape, before.rows, before.columns)
-
-
-def _on_cpu(index: Tensor | None) -> Tensor | None:
-    return None if index is None else index.cpu()
 
 
 def absorb(name: str, layer: LayerInput, factors: Factors, bypass: Factors, settings: CompressionSettings) -> Factors:

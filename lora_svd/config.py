@@ -119,17 +119,27 @@ class LoraSVDConfig(PeftConfig):
         "Whether neurons of MLPs may go as well, priced by the same loss as ranks; with allocation='global'.",
         check=flag,
     )
+    heads: bool = option(
+        True,
+        "Whether key-value heads of attentions may go as well, with their queries; with neurons.",
+        check=flag,
+    )
     compact_widths: dict[str, int] | None = option(
         None,
-        "Kept neurons by the name of the layer that takes them. Filled by the tuner; if set beside compact_ranks, "
-        "used as is.",
+        "Kept neurons, or key-value heads, by the name of the layer that takes them. Filled by the tuner; if set "
+        "beside compact_ranks, used as is.",
         check=optional(by_module(COUNT)),
     )
     neuron_groups: dict[str, list[str]] | None = option(
         None,
-        "The layers that make the neurons of the layer that takes them, by its name. Filled by the tuner in the first "
-        "step.",
+        "The layers that make the neurons, or heads, of the layer that takes them, by its name. Filled by the tuner in "
+        "the first step.",
         check=optional(by_module(module_names(text=False))),
+    )
+    group_heads: dict[str, int] | None = option(
+        None,
+        "Number of key-value heads by the name of the layer that takes them. Filled by the tuner in the first step.",
+        check=optional(by_module(COUNT)),
     )
     compressed: bool = option(
         False,

@@ -46,10 +46,11 @@ FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wr
 CUBIC = {"warmup": 3, "compression": 4, "compression_interval": 1}
 EVERYTHING = {**CUBIC, "importance": "kronecker", "train_factors": True, "distillation": 0.5}
 ACCUMULATED = {"gradient_accumulation_steps": 2}
-MINNORM = {"importance": "lora_minnorm", "warmup": 5}
+# Heads are not tried, and so stay, where weights are sharded.
+MINNORM = {"importance": "lora_minnorm", "warmup": 5, "heads": False}
 LIMITED = {"warmup": 5, "importance": "kronecker", "statistics_limit": 60_000, "statistics_device": "cpu"}
-SEGMENTS = {"warmup": 5, "importance": "lora_activation"}
-DISTILLED = {"warmup": 5, "distillation": 0.5}
+SEGMENTS = {"warmup": 5, "importance": "lora_activation", "heads": False}
+DISTILLED = {"warmup": 5, "distillation": 0.5, "heads": False}
 
 
 def prepare(folder: Path, model: PeftModel, world: int = WORLD, **options: Any) -> Trainer:

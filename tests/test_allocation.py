@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_svd import allocation as allocations
 from lora_svd.allocation import (
     ALLOCATIONS,
     FACTOR_FORMATS,
+    Choice,
     LayerShape,
-    allocate_ranks,
     budget_of,
     candidate_ranks,
     given_ranks,
@@ -52,10 +53,8 @@ def dense_options(layers, chosen):
 
 
 def allocate(layers, chosen, allocation="global"):
-    shapes = {name: shape for name, (shape, _) in layers.items()}
-    return allocate_ranks(
-        {name: squares for name, (_, squares) in layers.items()}, shapes, allocation=allocation, **chosen
-    )
+    units = {name: [Choice(None, 0.0, {name: squares}, {name: shape})] for name, (shape, squares) in layers.items()}
+    return allocations.allocate(units, allocation=allocation, **chosen).ranks
 
 
 def measure(layers, ranks, factor_format):
@@ -105,8 +104,8 @@ def test_kept_bypass_is_counted():
     for factor_format in FACTOR_FORMATS:
         assert stored_parameters(kept, 8, factor_format) == stored_parameters(plain, 12, factor_format)
         assert stored_parameters(kept, 20, factor_format) == plain.parameters
-    spectra = {"layer": 0.5 ** torch.arange(24.0)}
-    ranks = [allocate_ranks(spectra, {"layer": s}, param_ratio=0.6, rank_multiple=1)["layer"] for s in (plain, kept)]
+    squares, chosen = 0.5 ** torch.arange(24.0), {"param_ratio": 0.6, "rank_multiple": 1}
+    ranks = [allocate({"layer": (shape, squares)}, chosen)["layer"] for shape in (plain, kept)]
     assert ranks[0] == ranks[1] + 4
 
 

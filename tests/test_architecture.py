@@ -18,7 +18,18 @@ PACKAGE = "lora_svd"
 ROOT = Path(__file__).parents[1]
 # A part is a folder or a file of the package. What each must not import, and why.
 ABOVE = ("tuner", "compact", "streaming", "analysis", "cli")
-MATHEMATICS = ("linalg", "allocation", "importance", "schedule", "decompositions", "statistics", "compression")
+MATHEMATICS = (
+    "linalg",
+    "neurons",
+    "groups",
+    "allocation",
+    "importance",
+    "schedule",
+    "decompositions",
+    "statistics",
+    "inputs",
+    "compression",
+)
 FORBIDDEN = {
     **dict.fromkeys(MATHEMATICS, (ABOVE, "it is mathematics of tensors and numbers")),
     "compact": (("tuner", "streaming", "analysis", "cli"), "a shipped model needs nothing of the training"),

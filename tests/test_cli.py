@@ -472,6 +472,10 @@ def test_stream_writes_a_compact_model(folder: Path, capsys: pytest.CaptureFixtu
     size = parameter_report(model)
     assert 0.5 < size.param_ratio <= 0.6
     assert f"param_ratio {size.param_ratio:.4f}" in capsys.readouterr().out
+    assert model.config.quantization_config.shapes
     assert perplexity(model, tokenizer, (folder / "eval.txt").read_text(), window=32).value > 1
     assert main(["stream", "tiny", *options, "--device", "cpu"]) == 2
     assert "output: " in capsys.readouterr().err
+    options[3] = "ranks"
+    assert main(["stream", "tiny", *options, "--device", "cpu", "--neurons", "no"]) == 0
+    assert not AutoModelForCausalLM.from_pretrained("ranks").config.quantization_config.shapes

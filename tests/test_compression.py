@@ -5,18 +5,11 @@ import reference
 import torch
 
 from lora_svd.allocation import LayerShape
-from lora_svd.compression import (
-    CompressionSettings,
-    LayerInput,
-    absorb,
-    choose_ranks,
-    compute_spectra,
-    factorize,
-    layer_metrics,
-)
+from lora_svd.compression import absorb, choose_size, compute_spectra, factorize, size_choices
 from lora_svd.decompositions import Factors
 from lora_svd.errors import LoraSVDError, NumericalError
 from lora_svd.importance import IMPORTANCES
+from lora_svd.inputs import CompressionSettings, LayerInput, layer_metrics, units_of
 from lora_svd.statistics import STATISTICS, LayerStatistics
 
 COUNTS = {"token": 30, "sample": 6, "step": 3}
@@ -87,7 +80,7 @@ def test_metrics_are_shrunk_towards_their_mean(layers):
 def test_global_ranks_follow_the_loss_and_dense_layers_have_no_factors():
     """The layer whose error costs a million times as much stays dense; the others pay for it."""
     layers = {"dear": layer(8, 8, observed(8, 8, 1e3)), "cheap": layer(8, 8), "cheaper": layer(8, 8)}
-    ranks = choose_ranks(layers, compute_spectra(layers, settings()), 0.7, settings())
+    ranks = choose_size(dict(size_choices(units_of(layers, {}), {}, settings())), 0.7, settings()).ranks
     assert ranks["dear"] == 8 > ranks["cheap"]
     factors = dict(factorize(layers, ranks, settings()))
     assert factors["dear"] is None

@@ -26,11 +26,13 @@ from reference import relative_error
 from torch import Tensor, nn
 
 from lora_svd import LoraSVDError
-from lora_svd.allocation import Choice, LayerShape, allocate, allocate_ranks, budget_of, kept_parameters
+from lora_svd.allocation import Choice, LayerShape, allocate, budget_of, kept_parameters
 from lora_svd.compact import densify, parameter_report
+from lora_svd.compression import choose_size
 from lora_svd.decompositions.svd import weighted_spectrum
+from lora_svd.inputs import CompressionSettings
 from lora_svd.linalg import Metrics
-from lora_svd.neurons import GroupWeights, NeuronGroup, eliminate, refit, width_spectra, widths
+from lora_svd.neurons import GroupWeights, NeuronGroup, eliminate, eliminate_heads, refit, width_spectra, widths
 
 GROUP = NeuronGroup("down", ("gate", "up"))
 
@@ -116,13 +118,54 @@ def test_spectra_are_those_of_what_is_left(full_rows: bool) -> None:
         assert len(kept) == width
         assert error == pytest.approx(float(found.costs[: 40 - width].sum()), rel=1e-12)
         for name in GROUP.producers:
-            index = GROUP.kept(kept, len(weights[name]), 40)
+            index = GROUP.features(kept, len(weights[name]), 40)
             assert torch.equal(index % 40, kept.repeat(len(weights[name]) // 40))
             expected = weighted_spectrum(weights[name][index], metrics[name].narrowed(rows=index))
             assert relative_error(spectra[name], expected) < 1e-10
         narrow = metrics["down"].narrowed(columns=kept)
         expected = weighted_spectrum(refit(weights["down"], metrics["down"].column, kept), narrow)
         assert relative_error(spectra["down"], expected) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        Metrics(definite(7, 1), definite(24, 2)),
+        Metrics(None, definite(24, 2)),
+        Metrics(diagonal(7, 1), diagonal(24, 2)),
+    ],
+)
+def test_heads_are_left_out_as_sets_of_features(metrics: Metrics) -> None:
+    weight = matrix(7, 24, 3)
+    found = eliminate_heads(weight, metrics, heads=6, least=1)
+    parts = torch.arange(24).view(6, 4)
+    for number in range(1, 6):
+        before, head = found.order[: number - 1].tolist(), int(found.order[number - 1])
+        costs = {i: cost_of_set(weight, metrics, parts[[*before, i]].flatten()) for i in {*range(6)} - {*before}}
+        assert min(costs, key=lambda i: costs[i]) == head
+        assert float(found.costs[:number].sum()) == pytest.approx(costs[head], rel=1e-9)
+    row = Metrics(row=metrics.row).row
+    removed = found.removed if row is None else (row.diag() if row.dim() == 1 else row) @ found.removed
+    assert float((removed * found.removed).sum()) == pytest.approx(float(found.costs.sum()), rel=1e-9)
+
+
+def test_spectra_of_heads_are_those_of_what_is_left() -> None:
+    group = NeuronGroup("out", ("key", "query"), heads=3)
+    weights = {"key": matrix(6, 5, 1), "query": matrix(12, 5, 2), "out": matrix(8, 12, 3)}
+    metrics = {name: Metrics(definite(len(of), 4), definite(of.shape[1], 5)) for name, of in weights.items()}
+    given = GroupWeights(group, weights, metrics)
+    found = given.eliminated(1)
+    for width, _, spectra in width_spectra(given, found, [1, 2, 3]):
+        kept = found.kept(width, 3)
+        for name, block in (("key", 2), ("query", 4)):
+            index = torch.cat([torch.arange(block * i, block * (i + 1)) for i in kept.tolist()])
+            assert torch.equal(group.features(kept, len(weights[name]), 3), index)
+            expected = weighted_spectrum(weights[name][index], metrics[name].narrowed(rows=index))
+            assert relative_error(spectra[name], expected) < 1e-10
+        columns = group.features(kept, 12, 3)
+        left = refit(weights["out"], metrics["out"].column, columns)
+        expected = weighted_spectrum(left, metrics["out"].narrowed(columns=columns))
+        assert relative_error(spectra["out"], expected) < 1e-10
 
 
 def test_widths_are_multiples_and_few() -> None:
@@ -160,7 +203,8 @@ def test_one_budget_never_predicts_more_than_ranks_alone(param_ratio: float, fac
     assert not alone.neurons
     shapes = {name: shape for (choice,) in whole.values() for name, shape in choice.shapes.items()}
     spectra = {name: of for (choice,) in whole.values() for name, of in choice.spectra.items()}
-    assert alone.ranks == allocate_ranks(spectra, shapes, **form)
+    apart = {name: [Choice(None, 0.0, {name: spectra[name]}, {name: shape})] for name, shape in shapes.items()}
+    assert alone.ranks == allocate(apart, **form).ranks
     kept = {}
     for name, choices in units.items():
         size = len(found.neurons[name]) if name in found.neurons else 32
@@ -194,6 +238,11 @@ EXPECTED = {
     "vit": {"mlp.fc2": ("mlp.fc1",)},
     "clip": {"mlp.fc2": ("mlp.fc1",)},
 }
+# Key-value heads, where attention runs with fewer: not where it reads their number from the config.
+EXPECTED_HEADS = {
+    **{name: {2} for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi")},
+    **{name: {4} for name in ("gpt_neox", "bart", "bert", "vit", "clip")},
+}
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -202,7 +251,10 @@ def test_groups_of_every_architecture(name: str, tmp_path: Path) -> None:
     architecture = ARCHITECTURES[name]
     model = trained(tmp_path, architecture, warmup=2, steps=4, param_ratio=0.5)
     config: Any = model.peft_config["default"]
-    groups = config.neuron_groups
+    heads = config.group_heads or {}
+    assert set(heads.values()) == EXPECTED_HEADS.get(name, set())
+    assert all(len(config.neuron_groups[consumer]) == (1 if name == "gpt_neox" else 3) for consumer in heads)
+    groups = {consumer: of for consumer, of in config.neuron_groups.items() if consumer not in heads}
     for consumer, producers in groups.items():
         ends = next(of for end, of in EXPECTED[name].items() if consumer.endswith(end))
         assert len(producers) == len(ends)
@@ -302,7 +354,9 @@ def test_without_one_budget_nothing_is_sought(changes: dict[str, Any]) -> None:
 
 def test_partly_targeted_and_overlapping_groups_are_left_alone(tmp_path: Path) -> None:
     model = trained(tmp_path, warmup=2, steps=4, exclude_modules=["up_proj"])
-    assert model.peft_config["default"].neuron_groups == {}
+    assert not any("mlp" in name for name in model.peft_config["default"].neuron_groups)
+    model = trained(tmp_path, warmup=2, steps=4, exclude_modules=["q_proj"])
+    assert all("mlp" in name for name in model.peft_config["default"].neuron_groups)
 
     class Chain(Net):
         def forward(self, x: Tensor) -> Tensor:
@@ -328,6 +382,41 @@ def test_compressed_model_is_the_merged_one(train_factors: bool, tmp_path: Path)
         assert compact.get_submodule(name.replace("down", "up")).out_features == width
     torch.testing.assert_close(logits(compact), expected, rtol=1e-3, atol=1e-4)
     assert_kept(compact, 0.5)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_heads_that_go(name: str, tmp_path: Path) -> None:
+    """With grouped queries and without: trained, merged, loaded, put back as zeros, saved and loaded as an adapter."""
+    architecture = ARCHITECTURES[name]
+    config = trained(tmp_path, architecture, warmup=2, steps=3, param_ratio=0.5).peft_config["default"]
+    consumer, number = next(iter(config.group_heads.items()))
+    ranks = dict.fromkeys(config.compact_ranks, 6)
+    given = {"compact_ranks": ranks, "compact_widths": {consumer: number // 2}, "param_ratio": 0.9}
+    model = trained(tmp_path, architecture, warmup=2, compensation="keep", **given)
+    assert model.peft_config["default"].compact_widths == {consumer: number // 2}
+    expected = logits(model, architecture)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(architecture.build(), tmp_path / "adapter")
+    assert torch.equal(logits(again, architecture), expected)
+    compact = model.merge_and_unload()
+    for layer in (consumer, *config.neuron_groups[consumer]):
+        module = compact.get_submodule(layer)
+        features = module.in_features if layer == consumer else module.out_features
+        dense = architecture.build().get_submodule(layer)
+        assert 2 * features == (dense.in_features if layer == consumer else dense.out_features)
+    torch.testing.assert_close(logits(compact, architecture), expected, rtol=1e-3, atol=1e-4)
+    compact.save_pretrained(tmp_path / "compact")
+    loaded = architecture.model.from_pretrained(tmp_path / "compact")
+    assert torch.equal(logits(loaded, architecture), logits(compact, architecture))
+    torch.testing.assert_close(
+        logits(densify(loaded), architecture), logits(compact, architecture), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_heads_stay_on_request(tmp_path: Path) -> None:
+    config = trained(tmp_path, warmup=2, steps=3, heads=False).peft_config["default"]
+    assert not config.group_heads
+    assert config.neuron_groups
 
 
 @pytest.mark.parametrize("compression", [0, 4])
@@ -379,7 +468,8 @@ def test_sizes_that_the_user_gives(tmp_path: Path) -> None:
     assert again.compact_widths == first.compact_widths
     down = "model.layers.0.mlp.down_proj"
     for chosen, message in (
-        ({"model.layers.0.self_attn.o_proj": 4}, "compact_widths: got 4 for model.layers.0.self_attn.o_proj, which"),
+        ({"model.layers.0.self_attn.q_proj": 4}, "compact_widths: got 4 for model.layers.0.self_attn.q_proj, which"),
+        ({"model.layers.0.self_attn.o_proj": 3}, "got 3 for .*, expected at most its 2 heads"),
         ({down: 49}, f"compact_widths: got 49 for {down}, expected at most its 48 neurons"),
     ):
         with pytest.raises(LoraSVDError, match=message):
@@ -447,3 +537,18 @@ def test_the_search_changes_no_statistic(tmp_path: Path) -> None:
         for n, statistics in seen[0].items():
             assert statistics.counts == seen[1][n].counts
             assert_bit_equal(statistics.sums, seen[1][n].sums)
+
+
+@pytest.mark.parametrize(("gain", "goes"), [(0.005, False), (0.02, True)])
+def test_heads_go_where_they_pay(gain: float, goes: bool) -> None:
+    """By more than 1 % of the predicted loss."""
+    spectrum, shape = torch.arange(8, 0, -1).double(), LayerShape(8, 40)
+    whole = Choice(None, 0.0, {"out": spectrum}, {"out": shape}, heads=True)
+    at_rank_3 = 135 / 320
+    alone = allocate({"out": [whole]}, param_ratio=at_rank_3, rank_multiple=1).error
+    assert alone == 5 + 4 + 3 + 2 + 1
+    fewer = Choice(
+        torch.tensor([1]), (1 - gain) * alone, {"out": torch.zeros(8)}, {"out": LayerShape(8, 20)}, heads=True
+    )
+    found = choose_size({"out": [fewer, whole]}, at_rank_3, CompressionSettings.of(settings(rank_multiple=1)))
+    assert bool(found.neurons) == goes

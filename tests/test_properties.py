@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_svd import LoraSVDCallback, LoraSVDConfig, LoraSVDError, NumericalError
-from lora_svd.allocation import ALLOCATIONS, FACTOR_FORMATS, LayerShape, allocate_ranks, budget_of, kept_parameters
+from lora_svd.allocation import ALLOCATIONS, FACTOR_FORMATS, Choice, LayerShape, allocate, budget_of, kept_parameters
 from lora_svd.compact import LowRankLinear, parameter_report
 from lora_svd.compact.description import LoraSVDCompactConfig
 from lora_svd.decompositions import pivot
@@ -269,10 +269,11 @@ def test_a_larger_budget_keeps_no_more_than_it_is_and_no_less(
     problem: tuple[dict[str, LayerShape], dict[str, Tensor], dict[str, Any]], first: float, second: float
 ) -> None:
     shapes, spectra, chosen = problem
+    units = {name: [Choice(None, 0.0, {name: spectra[name]}, {name: shape})] for name, shape in shapes.items()}
     errors = []
     for share in sorted((first, second)):
         try:
-            ranks = allocate_ranks(spectra, shapes, param_ratio=share, **chosen)
+            ranks = allocate(units, param_ratio=share, **chosen).ranks
         except LoraSVDError as error:
             assert f"param_ratio: {share} allows" in str(error)  # noqa: PT017 - a smaller budget may be met all the same
             assert not errors

@@ -11,8 +11,8 @@ from peft import PeftModel
 from test_resume import SCHEDULES, assert_resumes
 
 from lora_svd import LoraSVDError
-from lora_svd.compression import layer_metrics
 from lora_svd.decompositions.svd import weighted_svd
+from lora_svd.inputs import layer_metrics
 from lora_svd.tuner.distillation import distillation_loss, label_positions
 
 LOOSE = {"rtol": 1e-3, "atol": 1e-4}

@@ -14,8 +14,9 @@ import torch
 from models import ARCHITECTURES, VOCABULARY, Architecture, logits, settings
 from peft import get_peft_model
 from reference import relative_error
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRotaryEmbedding
 
 from lora_svd import LoraSVDError
 from lora_svd.compact import parameter_report
@@ -44,7 +45,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 def in_memory(model: nn.Module, **choices: Any) -> nn.Module:
     """The tuner after one step over the same sequences, whose bypass is still zero."""
-    tuned = get_peft_model(model, settings(warmup=1, total_steps=2, neurons=False, **choices))
+    tuned = get_peft_model(model, settings(warmup=1, total_steps=2, **choices))
     for ids in IDS:
         tuned(input_ids=ids[None], labels=ids[None]).loss.backward()
     tuned.base_model.update_and_allocate(0)
@@ -58,16 +59,131 @@ def test_equals_compression_in_memory(name: str, importance: str, tmp_path: Path
     expected = in_memory(architecture.model.from_pretrained(folder), importance=importance)
     size = compress_checkpoint(folder, tmp_path / "compact", IDS, settings(importance=importance))
     found = architecture.model.from_pretrained(tmp_path / "compact")
+    assert_same(found, expected, architecture)
+    assert found.config.quantization_config.shapes
+    assert parameter_report(found) == size
+    assert not list(tmp_path.glob(".*"))
+
+
+def assert_same(found: Any, expected: Any, architecture: Architecture) -> None:
+    """Of the same layers at the same size, with the same weights."""
     streamed, merged = found.config.quantization_config, expected.config.quantization_config
     assert streamed.ranks == merged.ranks
+    assert streamed.shapes == merged.shapes
     assert {**streamed.method, "compensation": "absorb"} == merged.method
     wanted = weights(expected)
     assert wanted
     for layer, weight in weights(found).items():
         assert relative_error(weight, wanted[layer]) < 1e-3, layer
     assert relative_error(logits(found, architecture), logits(expected, architecture)) < 1e-3
-    assert parameter_report(found) == parameter_report(expected) == size
-    assert not list(tmp_path.glob(".*"))
+    assert parameter_report(found) == parameter_report(expected)
+
+
+@pytest.mark.parametrize("choices", [{"neurons": False}, {"allocation": "uniform"}, {"neuron_groups": {}}], ids=str)
+def test_ranks_alone(choices: dict[str, Any], tmp_path: Path) -> None:
+    architecture, folder = saved(tmp_path, "llama")
+    expected = in_memory(architecture.model.from_pretrained(folder), importance="kronecker", **choices)
+    compress_checkpoint(folder, tmp_path / "compact", IDS, settings(importance="kronecker", **choices))
+    found = architecture.model.from_pretrained(tmp_path / "compact")
+    assert_same(found, expected, architecture)
+    assert not found.config.quantization_config.shapes
+
+
+# Names of the layers that make and take the neurons of an MLP.
+MLPS = {"llama": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), "gpt2": ("mlp.c_fc", "mlp.c_proj")}
+
+
+@pytest.mark.parametrize("name", MLPS)
+def test_size_that_the_user_gives(name: str, tmp_path: Path) -> None:
+    """With MLPs that are dense and narrow; gated, and plain with biases."""
+    architecture, folder = saved(tmp_path, name)
+    layers = Checkpoint(folder, torch.device("cpu")).layers(settings())
+    consumers = [layer for layer in layers if layer.endswith(MLPS[name][-1])]
+    chosen: dict[str, Any] = {
+        "importance": "kronecker",
+        "compact_ranks": {layer: 99 if layer.endswith(MLPS[name]) else 9 for layer in layers},
+        "compact_widths": dict.fromkeys(consumers, 11),
+    }
+    expected = in_memory(architecture.model.from_pretrained(folder), **chosen)
+    compress_checkpoint(folder, tmp_path / "compact", IDS, settings(**chosen))
+    found = architecture.model.from_pretrained(tmp_path / "compact")
+    assert_same(found, expected, architecture)
+    shapes = found.config.quantization_config.shapes
+    assert {layer: shape["kept"][1] for layer, shape in shapes.items() if layer in consumers} == chosen[
+        "compact_widths"
+    ]
+    for layer in shapes:
+        module, other = found.get_submodule(layer), expected.get_submodule(layer)
+        assert type(module) is type(other) is not LowRankLinear
+        assert module.weight.shape == other.weight.shape
+        assert (module.bias is None) == (other.bias is None)
+        assert module.bias is None or torch.equal(module.bias, other.bias)
+
+
+@pytest.mark.parametrize(
+    ("widths", "says"),
+    [
+        ({"model.layers.0.self_attn.q_proj": 4}, "compact_widths: got 4 for model.layers.0.self_attn.q_proj, which"),
+        (
+            {"model.layers.0.mlp.down_proj": 49},
+            "compact_widths: got 49 for .*down_proj, expected at most its 48 neurons",
+        ),
+        ({"model.layers.0.mlp.down_proj": 48}, "compact_ranks: these ranks keep"),
+        (None, "compact_ranks: these ranks keep"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(widths: dict[str, int] | None, says: str, tmp_path: Path) -> None:
+    _, folder = saved(tmp_path, "llama")
+    ranks = dict.fromkeys(Checkpoint(folder, torch.device("cpu")).layers(settings()), 99)
+    config = settings(importance="activation", compact_ranks=ranks, compact_widths=widths)
+    with pytest.raises(LoraSVDError, match=says):
+        compress_checkpoint(folder, tmp_path / "compact", IDS, config)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_neurons_without_gradients(name: str, tmp_path: Path) -> None:
+    architecture, folder = saved(tmp_path, name)
+    size = compress_checkpoint(folder, tmp_path / "compact", IDS, settings(importance="activation"))
+    found = architecture.model.from_pretrained(tmp_path / "compact")
+    assert found.config.quantization_config.shapes
+    assert parameter_report(found) == size
+    assert 0.59 < size.param_ratio <= 0.6
+
+
+def test_block_that_does_not_run_with_fewer_neurons_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(mlp: Any, x: Tensor) -> Tensor:
+        product = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+        return mlp.down_proj(product.view(*x.shape[:-1], 3, 16).flatten(-2))
+
+    architecture, folder = saved(tmp_path, "llama")
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    says = r"model.layers.0.mlp.down_proj and 1 more: takes neurons one by one, but the model does not run without"
+    with pytest.warns(UserWarning, match=says) as warned:
+        compress_checkpoint(folder, tmp_path / "compact", IDS, settings(importance="activation"))
+    assert [warning.filename for warning in warned] == [__file__]
+    compact = architecture.model.from_pretrained(tmp_path / "compact")
+    assert not any("mlp" in name for name in compact.config.quantization_config.shapes)
+
+
+NEW_PROCESS = """
+import sys, torch, lora_svd
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+ids = torch.arange(3, 11)[None]
+save_file({"logits": AutoModelForCausalLM.from_pretrained(sys.argv[1])(ids).logits}, sys.argv[2])
+"""
+
+
+def test_new_process_loads_it(tmp_path: Path) -> None:
+    architecture, folder = saved(tmp_path, "gpt_neox")
+    compress_checkpoint(folder, tmp_path / "compact", IDS, settings(importance="kronecker"))
+    words = [sys.executable, "-W", "ignore", "-c", NEW_PROCESS, str(tmp_path / "compact"), str(tmp_path / "answer")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    here = architecture.model.from_pretrained(tmp_path / "compact")
+    assert here.config.quantization_config.shapes
+    expected = here(torch.arange(3, 11)[None]).logits.detach()
+    assert torch.equal(load_file(tmp_path / "answer")["logits"], expected)
 
 
 def inputs_of(model: nn.Module, name: str) -> Tensor:
@@ -162,6 +278,18 @@ def test_killed_run_goes_on(importance: str, tmp_path: Path, monkeypatch: pytest
         if path.name != "README.md":  # which has the folder's name
             assert (tmp_path / "resumed" / path.name).read_bytes() == path.read_bytes()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_size_is_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, folder = saved(tmp_path, "llama")
+    config = settings(importance="activation")
+    whole = compress_checkpoint(folder, tmp_path / "whole", IDS, config)
+    with monkeypatch.context() as patched:
+        patched.setattr(compress, "write_shards", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            compress_checkpoint(folder, tmp_path / "compact", IDS, config)
+    monkeypatch.setattr(compress, "size_choices", lambda *_: 1 / 0)
+    assert compress_checkpoint(folder, tmp_path / "compact", IDS, config) == whole
 
 
 def test_names_in_another_order_go_on(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from lora_svd.allocation import LayerShape
 from lora_svd.compact import parameter_report
 from lora_svd.compact.rounding import refit_left, round_weight
-from lora_svd.compression import CompressionSettings, LayerInput, choose_ranks, compute_spectra, factorize
+from lora_svd.compression import choose_size, compute_spectra, factorize, size_choices
 from lora_svd.errors import NumericalWarning
 from lora_svd.importance import IMPORTANCES
+from lora_svd.inputs import CompressionSettings, LayerInput, units_of
 from lora_svd.statistics import STATISTICS, LayerStatistics
 
 LAYERS, DEAD, SIZE = 7, 3, 48
@@ -139,8 +140,8 @@ def test_a_statistic_that_is_zero_in_part_is_no_zero_statistic(importance: str, 
 def test_all_layers_dead_gives_all_the_least_rank() -> None:
     settings, layers = chosen("kronecker"), {f"block.{i}": layer("output_gram", "whole") for i in range(3)}
     with pytest.warns(NumericalWarning, match=r"^block\.\d: "):
-        spectra = compute_spectra(layers, settings)
-    assert set(choose_ranks(layers, spectra, 0.9, settings).values()) == {1}
+        choices = dict(size_choices(units_of(layers, {}), {}, settings))
+    assert set(choose_size(choices, 0.9, settings).ranks.values()) == {1}
 
 
 def test_rounding_in_a_metric_that_is_zero_is_rounding_to_nearest() -> None:

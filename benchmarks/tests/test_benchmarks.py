@@ -7,11 +7,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from common import PeakMemory, Results, read_text
+from peft import get_peft_model
 from tiny_lm import make_text, save_tiny_lm, save_tiny_task
+from transformers import AutoModelForCausalLM
+
+from lora_svd import LoraSVDConfig
+from lora_svd.compact import save_compact
 
 FOLDER = Path(__file__).parents[1]
 
@@ -125,14 +131,20 @@ def test_cost_benchmark(tmp_path: Path) -> None:
     """A row of every kind."""
     save_tiny_lm(tmp_path / "model")
     words = ["--model", "model", "--results", "cost.jsonl", "--window", "32", "--steps", "4", "--repetitions", "1"]
-    rows = ["step, recovering", "factorization, kronecker", "inference, pivoted", "run"]
-    run(tmp_path, "cost.py", *words, "--blocks", "1", "--rows", *rows)
-    step, factorization, inference, whole = map(json.loads, (tmp_path / "cost.jsonl").read_text().splitlines())
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    model: Any = get_peft_model(base, LoraSVDConfig(importance="none"))
+    model.base_model.set_param_ratio(0.5)
+    save_compact(model.merge_and_unload(), tmp_path / "compact")
+    rows = ["step, recovering", "factorization, kronecker", "inference, pivoted", "run", "inference of compact models"]
+    run(tmp_path, "cost.py", *words, "--blocks", "1", "--rows", *rows, "--compact", "compact")
+    step, factorization, inference, whole, given = map(json.loads, (tmp_path / "cost.jsonl").read_text().splitlines())
     assert factorization["layers"] == 7
     compared = [step, factorization, whole, *(inference["0.4"][f"{name}, batch 1"] for name in ("prefill", "decode"))]
     assert all(row["wall_ratio"] > 0 and row["cpu_ratio"] > 0 for row in compared)
     assert step["memory_ratio"] > 0.5 < whole["mebibytes_ratio"]
     assert inference["0.2"]["bytes_ratio"] < inference["0.8"]["bytes_ratio"] < 1
+    ((_, of_folder),) = ((key, value) for key, value in given.items() if key.startswith("0."))
+    assert inference["0.4"]["bytes_ratio"] < of_folder["bytes_ratio"] < inference["0.6"]["bytes_ratio"]
 
 
 def test_results_are_found_by_what_names_them(tmp_path: Path) -> None:

@@ -85,6 +85,8 @@ class StreamArguments:
     param_ratio: float = field(default=0.8, metadata={"help": "Kept / original parameters of the blocks' layers."})
     importance: str = field(default="kronecker", metadata={"help": "One that needs no LoRA, see LoraSVDConfig."})
     allocation: str = field(default="global", metadata={"help": "'global' or 'uniform'."})
+    neurons: bool = field(default=True, metadata={"help": "Whether neurons of MLPs may go as well."})
+    heads: bool = field(default=True, metadata={"help": "Whether key-value heads may go as well, with neurons."})
     factor_format: str = field(default="pivoted", metadata={"help": "'pivoted' or 'factors'."})
     statistics_limit: int = field(default=0, metadata={"help": "Bytes for the statistics of one block; 0: no limit."})
     length: int = field(default=512, metadata={"help": "Tokens in one sequence."})

@@ -69,7 +69,7 @@ def _stream(words: list[str]) -> None:
     from .inputs import about, find_device, load_tokenizer, read_text
 
     options, folder = _parse("stream", StreamArguments, "A local folder with a dense model.", words)
-    chosen = ("param_ratio", "importance", "allocation", "factor_format")
+    chosen = ("param_ratio", "importance", "allocation", "neurons", "heads", "factor_format")
     limit = options.statistics_limit or None
     config = LoraSVDConfig(statistics_limit=limit, **{name: getattr(options, name) for name in chosen})
     if options.samples < 1:

@@ -9,6 +9,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..allocation import FACTOR_FORMATS
 from ..errors import LoraSVDError
+from ..inputs import LayerInput
+from ..neurons import NeuronGroup
 from .checks import check_types
 
 FORMAT_VERSION = 1
@@ -91,3 +93,21 @@ def description_of(config: Any) -> LoraSVDCompactConfig | None:
     if isinstance(given, Mapping) and given.get("quant_method") == "lora_svd":
         return LoraSVDCompactConfig(**given)
     return given if isinstance(given, LoraSVDCompactConfig) else None
+
+
+def kept_shapes(
+    groups: Mapping[str, NeuronGroup], whole: Mapping[str, LayerInput], kept: Mapping[str, LayerInput]
+) -> dict[str, Any]:
+    """What a compact model says of layers that are without the features of some neurons or heads."""
+    neurons = {
+        name: whole[of.consumer].shape.in_features for of in groups.values() if not of.heads for name in of.producers
+    }
+    return {
+        name: {
+            "kept": [of.shape.out_features, of.shape.in_features],
+            "dense": [whole[name].shape.out_features, whole[name].shape.in_features],
+            "chunks": whole[name].shape.out_features // neurons[name] if name in neurons else 1,
+        }
+        for name, of in kept.items()
+        if of.is_narrowed
+    }

@@ -77,6 +77,11 @@ class Factors:
     def rank(self) -> int:
         return self.right.shape[0]
 
+    @property
+    def is_full(self) -> bool:
+        """Whether they have full rank: the weight that they stand for is stored dense."""
+        return self.rank >= min(len(self.left), self.right.shape[1])
+
     def stacked(self, other: Factors) -> Factors:
         """The sum of both products, as factors of the summed rank; both in the order of this one's split."""
         left, right = torch.cat([self.left, other.left], dim=1), torch.cat([self.right, other.right], dim=0)

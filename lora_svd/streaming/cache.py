@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
-def save_whole(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """A safetensors file that is whole or not there."""
+def save_whole(tensors: Mapping[str, Tensor], path: Path, **said: str) -> None:
+    """A safetensors file that is whole or not there. said: what else stands in it."""
     partial = path.with_name(f".{path.name}.part")
-    save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial, {"format": "pt"})
+    save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial, {"format": "pt", **said})
     partial.replace(path)
 
 

@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..allocation import LayerShape, check_budget, given_ranks
+from ..allocation import LayerShape, check_size
 from ..compact import ParameterReport
-from ..compact.description import LoraSVDCompactConfig
-from ..compression import CompressionSettings, LayerInput, choose_ranks, compute_spectra, factorize, layer_metrics
+from ..compact.description import LoraSVDCompactConfig, kept_shapes
+from ..compression import choose_size, factorize, given_size, size_choices
 from ..config import LoraSVDConfig
 from ..decompositions import DECOMPOSITIONS
 from ..errors import LoraSVDError
+from ..groups import describe_failing, usable_groups
 from ..importance import IMPORTANCES
+from ..inputs import CompressionSettings, LayerInput, layer_metrics, narrow_layers, units_of
+from ..neurons import NeuronGroup
 from ..statistics import STATISTICS
 from ..statistics.limit import choose_sketches, describe_sketches
 from .cache import write_whole
@@ -43,10 +46,10 @@ def compress_checkpoint(
     """Compress a causal language model without training, with one decoder block of it in memory at a time.
 
     Hidden states go from block to block through files; where the importance looks at gradients, the blocks are gone
-    through backwards as well, from the model's loss on ``ids``. Statistics go to files, then spectra, ranks and factors
-    are computed layer by layer, and the compact model is written shard by shard. It is the one that the same statistics
-    give in memory with ``neurons=False``: ranks alone are chosen. In memory at once: a block's weights and statistics,
-    one sequence's activations in it, the float64 work on one layer; at the two ends embedding and head. On disk beside
+    through backwards as well, from the model's loss on ``ids``. Statistics go to files, then spectra, neurons, ranks
+    and factors are computed layer by layer, or MLP by MLP, and the compact model is written shard by shard. It is the
+    one that the same statistics give in memory. In memory at once: a block's weights and statistics, one sequence's
+    activations in it, the float64 work on one layer or MLP; at the two ends embedding and head. On disk beside
     ``output``: the statistics of all layers and the hidden states of all tokens, before every block where there are
     gradients.
 
@@ -58,9 +61,9 @@ def compress_checkpoint(
         ids: token ids, (samples, tokens), as from ``lora_svd.evaluation.token_blocks``, which puts the BOS token
             in front where the model expects it. Samples are read one by one.
         config: what applies without training: ``param_ratio``, ``importance``, ``allocation``, ``factor_format``,
-            ranks, shrinkages, targets among the linear layers of the blocks, and ``statistics_limit``, which is that of
-            one block. Presets of inputs alone count every token; their spectra are not in units of loss, so
-            ``allocation="uniform"`` suits them.
+            ``neurons``, ranks and widths, shrinkages, targets among the linear layers of the blocks, and
+            ``statistics_limit``, which is that of one block. Presets of inputs alone count every token; their spectra
+            are not in units of loss, so ``allocation="uniform"`` suits them.
         tokenizer: saved with the model.
         device: on which blocks run.
 
@@ -77,30 +80,34 @@ def compress_checkpoint(
     checkpoint = Checkpoint(source, torch.device(device))
     shapes = checkpoint.layers(config)
     layers = {name: LayerShape(*shape) for name, shape in shapes.items()}
-    check_budget(layers, config.param_ratio, config.factor_format)
+    check_size(layers, config.param_ratio, config.factor_format, config.compact_ranks, config.compact_widths)
     work = target.with_name(f".{target.name}-stream")
     compact = _begin(work, source, ids, config)
     sketches = _sketches(checkpoint, shapes, statistics, config)
-    observation = Observation(checkpoint, ids, list(layers), statistics, sketches, work)
+    seeks_groups = config.prices_neurons and config.neuron_groups is None
+    observation = Observation(checkpoint, ids, layers, statistics, seeks_groups, sketches, work)
     observation.run()
+    groups = _groups(observation, config)
     settings = CompressionSettings.of(config)
     inputs = {
         name: LayerInput(shape, partial(_weight, checkpoint, name), partial(observation.read, name))
         for name, shape in layers.items()
     }
-    ranks = _ranks(work, inputs, layers, settings, config)
+    ranks, neurons = _size(work, units_of(inputs, groups), groups, settings, config)
+    kept = narrow_layers(inputs, groups, neurons)
     write_shards(
         checkpoint,
         compact,
         config.factor_format,
-        layers,
-        lambda names: factorize({name: inputs[name] for name in names}, ranks, settings),
-        lambda name: layer_metrics(name, inputs[name], settings).definite,
+        kept,
+        lambda some: factorize(some, ranks, settings),
+        lambda name: layer_metrics(name, kept[name], settings).definite,
     )
     if tokenizer is not None:
         tokenizer.save_pretrained(compact)
     description = LoraSVDCompactConfig(
         ranks=ranks,
+        shapes=kept_shapes(groups, inputs, kept),
         factor_format=config.factor_format,
         dense_parameters=sum(shape.parameters for shape in layers.values()),
         method={name: getattr(config, name) for name in ("importance", "allocation", "decomposition", "param_ratio")},
@@ -161,18 +168,31 @@ def _weight(checkpoint: Checkpoint, name: str) -> Tensor:
     return checkpoint.linear_weight(name).double()
 
 
-def _ranks(
+def _groups(observation: Observation, config: LoraSVDConfig) -> dict[str, NeuronGroup]:
+    """The layers that share neurons, by the one that takes them: found, or given; none if ranks alone are chosen."""
+    found, failed = observation.groups()
+    if failed:
+        warnings.warn(describe_failing(failed), stacklevel=4)
+    return usable_groups(config, observation.layers, found if config.neuron_groups is None else None)
+
+
+def _size(
     work: Path,
-    inputs: Mapping[str, LayerInput],
-    layers: Mapping[str, LayerShape],
+    units: Mapping[str, Mapping[str, LayerInput]],
+    groups: Mapping[str, NeuronGroup],
     settings: CompressionSettings,
     config: LoraSVDConfig,
-) -> dict[str, int]:
-    """Chosen from the spectra, or given; those of a run that is taken up stand in its folder."""
-    if config.compact_ranks:
-        return given_ranks(config.compact_ranks, layers, config.param_ratio, config.factor_format)
-    file = work / "ranks.json"
+) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """Ranks by layer and neurons by group that are kept: chosen, given, or in the folder of a run that is taken up."""
+    file = work / "size.json"
     if not file.exists():
-        chosen = choose_ranks(inputs, compute_spectra(inputs, settings), config.param_ratio, settings)
-        write_whole(json.dumps(chosen), file)
-    return json.loads(file.read_text(encoding="utf-8"))
+        if config.compact_ranks:
+            given = config.compact_ranks, config.compact_widths or {}
+            ranks, neurons = given_size(units, groups, *given, config.param_ratio, settings)
+        else:
+            found = choose_size(dict(size_choices(units, groups, settings)), config.param_ratio, settings)
+            ranks, neurons = found.ranks, found.neurons
+        said = {"ranks": ranks, "neurons": {name: index.tolist() for name, index in neurons.items()}}
+        write_whole(json.dumps(said), file)
+    said = json.loads(file.read_text(encoding="utf-8"))
+    return said["ranks"], {name: torch.tensor(index) for name, index in said["neurons"].items()}

@@ -1,10 +1,14 @@
-"""Statistics of all blocks, of which one is in memory at a time: forwards, and for gradients backwards again."""
+"""Statistics of all blocks, and the layers in them that share neurons; one block is in memory at a time.
+
+Forwards, and where statistics look at gradients backwards again.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..allocation import LayerShape
+from ..groups import GroupSearch, failing, found_groups, surprising
+from ..neurons import NeuronGroup
 from ..statistics import COUNTS, STATISTICS, LayerStatistics, token_summand
+from ..statistics.backward import Observe
 from ..statistics.shared import SharedGram
 from ..statistics.tokens import observe_tokens
 from .blocks import BlockCall, embed, loss_gradient, record_calls
@@ -29,16 +37,18 @@ class Observation:
     Attributes:
         checkpoint: the model.
         ids: token ids, (samples, tokens).
-        layers: names of the linear layers.
+        layers: shapes of the linear layers, by name.
         statistics: to collect of each.
+        seeks_groups: whether to look for layers that share neurons.
         sketches: r by layer and statistic, of Gram matrices that are kept as sketches.
         folder: of the files.
     """
 
     checkpoint: Checkpoint
     ids: Tensor
-    layers: list[str]
+    layers: Mapping[str, LayerShape]
     statistics: tuple[str, ...]
+    seeks_groups: bool
     sketches: Mapping[str, Mapping[str, int]]
     folder: Path
 
@@ -51,6 +61,18 @@ class Observation:
             found = {key.rpartition(":")[2]: file.get_tensor(key) for key in keys}
         counts = found.pop("counts", torch.zeros(2, dtype=torch.int64)).tolist()
         return LayerStatistics(found, dict(zip(COUNTS, (*counts, 0), strict=True)))
+
+    def groups(self) -> tuple[dict[str, NeuronGroup], dict[str, str]]:
+        """The groups that were found, by consumer, and those without which, in part, a block does not run, with the
+        reason."""
+        groups, failed = {}, {}
+        for index in range(len(self.checkpoint.blocks)):
+            with safe_open(self._file(index), framework="pt") as file:
+                found, reasons = json.loads(file.metadata()["groups"])
+            for of in found:
+                groups[of["consumer"]] = NeuronGroup(of["consumer"], tuple(of["producers"]), of["heads"])
+            failed |= reasons
+        return groups, failed
 
     @property
     def needs_gradients(self) -> bool:
@@ -102,7 +124,7 @@ class Observation:
                     given = self._get(hidden, index, sample)
                     hidden.put(index + 1, sample, calls[index](self.checkpoint, index, weights, given))
             if observes:
-                sums.save(self._file(index))
+                self._save(index, sums, partial(calls[index], self.checkpoint, index, weights), hidden)
                 hidden.drop(index)
 
     def _differentiate_loss(self, hidden: Cache, gradients: Cache) -> None:
@@ -124,9 +146,18 @@ class Observation:
                         result = calls[index](self.checkpoint, index, weights, given)
                         upstream = self._get(gradients, index + 1, sample)
                         gradients.put(index, sample, torch.autograd.grad(result, given, upstream)[0])
-                sums.save(self._file(index))
+                self._save(index, sums, partial(calls[index], self.checkpoint, index, weights), hidden)
             gradients.drop(index + 1)
             hidden.drop(index + 1)
+
+    def _save(self, index: int, sums: _Sums, block: Callable[[Tensor], Tensor], hidden: Cache) -> None:
+        """Save the statistics of a block and the groups in it, which one sample shows."""
+        groups, failed = {}, {}
+        if self.seeks_groups:
+            given = self._get(hidden, index, 0).requires_grad_()
+            groups, failed = seek_groups(sums.modules, self.layers, lambda: block(given.clone()))  # it may change them
+        said = [[asdict(group) for group in groups.values()], failed]
+        save_whole(sums.value(), self._file(index), groups=json.dumps(said))
 
     def _get(self, cache: Cache, index: int, sample: int) -> Tensor:
         return cache.get(index, sample).to(self.checkpoint.device)
@@ -138,7 +169,7 @@ class _Sums:
     def __init__(self, observation: Observation, index: int) -> None:
         self._observation, self._shared = observation, SharedGram()
         checkpoint = observation.checkpoint
-        self._modules = {
+        self.modules = {
             name: checkpoint.model.get_submodule(name)
             for name in observation.layers
             if checkpoint.block_of(name) == index
@@ -173,15 +204,41 @@ class _Sums:
 
             return see
 
-        handles = [module.register_forward_hook(hook(name)) for name, module in self._modules.items()]
+        handles = [module.register_forward_hook(hook(name)) for name, module in self.modules.items()]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def save(self, path: Path) -> None:
-        save_whole({key: value.cpu() for key, value in self._sums.items()}, path)
+    def value(self) -> dict[str, Tensor]:
+        """Sums and counts by layer and statistic, on the CPU."""
+        return {key: value.cpu() for key, value in self._sums.items()}
+
+
+def seek_groups(
+    modules: Mapping[str, nn.Module], shapes: Mapping[str, LayerShape], run: Callable[[], object]
+) -> tuple[dict[str, NeuronGroup], dict[str, str]]:
+    """As :meth:`Observation.groups`, of linear layers by name.
+
+    run: a forward pass from a tensor that needs gradients.
+    """
+    search = GroupSearch(shapes)
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        def see(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            search.look(name, inputs[0])
+            return Observe.apply(inputs[0], output.clone(), lambda *_: None, name)
+
+        return see
+
+    with torch.enable_grad(), ExitStack() as stack:
+        for name, module in modules.items():
+            stack.enter_context(module.register_forward_hook(hook(name)))
+        run()
+    groups = found_groups([search])
+    failed = failing(groups, modules, shapes, run)
+    return {name: group for name, group in groups.items() if name not in failed}, surprising(failed, groups)
 
 
 def _progress(indices: range, label: str) -> Iterable[int]:

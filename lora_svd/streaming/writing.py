@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ..allocation import LayerShape
 from ..compact import ParameterReport, parameter_report
 from ..compact.card import compact_card
-from ..compact.convert import compact_module
+from ..compact.convert import compact_module, dense_module
 from ..compact.description import LoraSVDCompactConfig
 from ..compact.layers import put_low_rank_layers
 from ..compact.saving import add_checksums
 from ..decompositions import Factors
 from ..errors import in_module
+from ..inputs import LayerInput
 from ..linalg import Metrics
 from .cache import save_whole
 from .checkpoint import Checkpoint
@@ -51,14 +52,16 @@ def write_shards(
     checkpoint: Checkpoint,
     folder: Path,
     factor_format: str,
-    layers: Mapping[str, LayerShape],
-    factorize: Callable[[list[str]], Iterable[tuple[str, Factors | None]]],
+    layers: Mapping[str, LayerInput],
+    factorize: Callable[[Mapping[str, LayerInput]], Iterable[tuple[str, Factors | None]]],
     metrics: Callable[[str], Metrics],
 ) -> None:
     """Write the shards that are not in the folder yet, and the index.
 
-    ``factorize`` gives the factors of the named layers; None where the weight stays as it is. ``metrics`` says what an
-    error in a layer costs.
+    Args:
+        layers: of what is kept of each.
+        factorize: gives the factors of some layers; None where the weight stays as it is.
+        metrics: says what an error in a layer costs.
     """
     shards, stored = plan_shards(checkpoint), checkpoint.tensors.stored
     weight_map, total = {}, 0
@@ -66,11 +69,13 @@ def write_shards(
         file = folder / f"model-{number:05}-of-{len(shards):05}.safetensors"
         if not file.exists():
             tensors = {key: checkpoint.tensors.read_stored(key) for key in keys}
-            for name, factors in factorize([name for name in layers if stored[f"{name}.weight"] in tensors]):
+            here = {name: layer for name, layer in layers.items() if stored[f"{name}.weight"] in tensors}
+            for name, factors in factorize(here):
                 if factors is not None:
                     prefix = stored[f"{name}.weight"].removesuffix(".weight")
                     with in_module(name):
-                        _replace(tensors, prefix, layers[name], factors, factor_format, partial(metrics, name))
+                        like = checkpoint.model.get_submodule(name)
+                        _replace(tensors, prefix, like, factors, factor_format, partial(metrics, name))
             save_whole(tensors, file)
         with safe_open(file, framework="pt") as opened:
             weight_map |= dict.fromkeys(opened.keys(), file.name)
@@ -82,20 +87,17 @@ def write_shards(
 def _replace(
     tensors: dict[str, Tensor],
     prefix: str,
-    shape: LayerShape,
+    like: nn.Module,
     factors: Factors,
     factor_format: str,
     metrics: Callable[[], Metrics],
 ) -> None:
-    """The tensors of a linear layer by those of a low-rank one."""
-    weight, bias = tensors[f"{prefix}.weight"], tensors.pop(f"{prefix}.bias", None)
-    with torch.device("meta"):
-        like = nn.Linear(shape.in_features, shape.out_features, bias=False)
-    of_shape = weight.reshape(shape.out_features, shape.in_features)
-    module = compact_module(factors, like, of_shape, factor_format, metrics)
+    """The tensors of a linear layer by those of the one that takes its place. like: the layer, without its tensors."""
+    weight, bias = tensors.pop(f"{prefix}.weight"), tensors.pop(f"{prefix}.bias", None)
+    base = dense_module(weight.T if isinstance(like, Conv1D) else weight, like, bias)
+    result = factors.product() if factors.is_full else factors
+    module = compact_module(result, base, weight, factor_format, metrics, factors.rows)
     tensors |= {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
-    if bias is not None:
-        tensors[f"{prefix}.bias" if factor_format == "pivoted" else f"{prefix}.left.bias"] = bias
 
 
 def describe(checkpoint: Checkpoint, source: Path, folder: Path, config: LoraSVDCompactConfig) -> ParameterReport:

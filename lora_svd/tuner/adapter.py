@@ -19,7 +19,7 @@ from .observer import Observer
 
 if TYPE_CHECKING:
     from ..config import LoraSVDConfig
-    from .groups import GroupSearch
+    from ..groups import GroupSearch
 
 ADAPTERS = PREFIX + "adapters"  # the attribute of a layer that holds its adapters by name
 # Factors are stored this much larger, so that a step of an optimizer like Adam, whose length does not depend on the
@@ -125,8 +125,8 @@ class LayerAdapter(nn.Module):
         split: in which order the weight is factorized.
         factors: that stand for the weight; None while it is whole or stays dense.
         observer: what was seen of the layer.
-        group: (1,) int64, the place among the adapter's layers of the one that takes this one's neurons, or whose
-            neurons this one takes; None without.
+        group: int64, the place among the adapter's layers of the one that takes this one's neurons or heads, which may
+            be this one; and the number of heads, (2,), or (1,) for neurons. None without.
         search: for such layers, while it runs.
     """
 
@@ -217,7 +217,7 @@ class LayerAdapter(nn.Module):
             "left": (rows, rank),
             "right": (rank, columns),
             "counts": (len(COUNTS),),
-            "group": (1,),
+            "group": (2,) if "group" in saved and len(saved["group"]) == 2 else (1,),
         }
         for statistic in STATISTICS:
             is_packed = statistic in saved and saved[statistic].dim() == 1

@@ -14,15 +14,15 @@ from transformers import BitsAndBytesConfig
 
 from ..compact.bnb import BLOCK, dtype_between, num_bytes
 from ..compact.convert import compact_module
-from ..compact.description import LoraSVDCompactConfig
+from ..compact.description import LoraSVDCompactConfig, kept_shapes
 from ..compact.layers import layer_features, remember_shape
 from ..compact.quantized import check_quantization
-from ..compression import CompressionSettings, LayerInput, absorb, layer_metrics
+from ..compression import absorb
 from ..config import PREFIX, LoraSVDConfig
 from ..decompositions import DECOMPOSITIONS, Factors
 from ..errors import LoraSVDError, NumericalError, in_module
+from ..inputs import CompressionSettings, LayerInput, layer_metrics
 from ..linalg import Metrics
-from ..neurons import NeuronGroup
 from .layer import LoraSVDLinear
 from .run import NOBODY_STEPS, STEP_IT, AdapterRun
 
@@ -76,7 +76,7 @@ def export(run: AdapterRun) -> Export:
     modules = {name: _module(name, run, layer, kept[name], settings, dtype) for name, layer in layers.items()}
     description = LoraSVDCompactConfig(
         ranks={name: min(layer_features(module)) for name, module in modules.items()},
-        shapes=_kept_shapes(run.groups, inputs, kept),
+        shapes=kept_shapes(run.groups, inputs, kept),
         factor_format=config.factor_format,
         dense_parameters=sum(given.shape.parameters for given in inputs.values()),
         method={
@@ -117,10 +117,9 @@ def compact_layer(
     bypass = bypass.narrowed(factors)
     if factors is None:
         result: Factors | Tensor = given.weight() + bypass.product().cpu().double()
-    elif given.shape.extra_rank or factors.rank >= given.shape.full_rank:
+    elif given.shape.extra_rank or factors.is_full:
         result = factors.stacked(bypass)
-        if result.rank >= given.shape.full_rank:
-            result = result.product()
+        result = result.product() if result.is_full else result
     else:
         result = absorb(name, given, factors, bypass, settings)
     like = layer.dense_weight()[:0].to(None if layer.quantization_backend is None else dtype)
@@ -129,22 +128,6 @@ def compact_layer(
         module = compact_module(result, layer.get_base_layer(), like, settings.factor_format, metrics, given.rows)
         remember_shape(module, (layer.out_features, layer.in_features) if given.is_narrowed else None)
         return module
-
-
-def _kept_shapes(
-    groups: Mapping[str, NeuronGroup], whole: Mapping[str, LayerInput], kept: Mapping[str, LayerInput]
-) -> dict[str, Any]:
-    """What a compact model says of layers that are without the features of some neurons."""
-    neurons = {name: whole[of.consumer].shape.in_features for of in groups.values() for name in of.producers}
-    return {
-        name: {
-            "kept": [of.shape.out_features, of.shape.in_features],
-            "dense": [whole[name].shape.out_features, whole[name].shape.in_features],
-            "chunks": whole[name].shape.out_features // neurons[name] if name in neurons else 1,
-        }
-        for name, of in kept.items()
-        if of.is_narrowed
-    }
 
 
 def definite_metrics(name: str, given: LayerInput, settings: CompressionSettings) -> Metrics:

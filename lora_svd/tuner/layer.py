@@ -221,9 +221,8 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
         the base weight, bfloat16 if that is quantized, until PEFT makes them float32 when it loads them."""
         dtype = torch.float32 if trainable else self._float_dtype()
         # An identity is exact as it stands.
-        is_dense = factors.rows is not None or factors.columns is not None
-        is_dense &= factors.rank == min(len(factors.left), factors.right.shape[1])
-        balanced = factors if is_dense else balance(factors)
+        is_narrowed = factors.rows is not None or factors.columns is not None
+        balanced = factors if is_narrowed and factors.is_full else balance(factors)
         left, right = (side.cpu().to(dtype).contiguous() for side in (balanced.left, balanced.right))
         return replace(factors, left=left, right=right)
 
@@ -262,7 +261,7 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
         watched = {name for adapter in adapters for name in adapter.observer.wanted}
         is_watched = any(STATISTICS[name].per != "step" for name in watched) or any(of.search for of in adapters)
         if y.requires_grad and is_watched:
-            return Observe.apply(x, y, partial(self._observe_tokens, mark), self)
+            return Observe.apply(x, y, partial(self._observe_tokens, mark), self.key)
         return y
 
     def _observe_tokens(self, mark: object, x: Tensor, g: Tensor) -> None:
@@ -270,7 +269,7 @@ class LoraSVDLinear(nn.Module, BaseTunerLayer):
             return
         for adapter in self._active():
             if adapter.search is not None and x.requires_grad:
-                adapter.search.look(self, x)
+                adapter.search.look(self.key, x)
         x = x.detach()
         if g.dim() == 1:
             x, g = x[None], g[None]

@@ -219,9 +219,10 @@ class LoraSVDModel(BaseTuner):
 
     def _watch(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notice that the adapters are trained and nobody calls :meth:`update_and_allocate`; keep the first batch."""
-        if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             for run in self.active_runs():
-                run.watch()
+                if model.training:
+                    run.watch()
                 if run.search is not None and run.batch is None:
                     run.batch = args, kwargs
 

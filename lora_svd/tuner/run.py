@@ -11,26 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..allocation import LayerShape, budget_of, check_budget, given_ranks, kept_parameters
-from ..compression import (
-    CompressionSettings,
-    LayerInput,
-    best_neurons,
-    choose_size,
-    factorize,
-    narrow_units,
-    size_choices,
-)
+from ..allocation import Choice, LayerShape, budget_of, check_size, kept_parameters
+from ..compression import choose_size, factorize, given_size, size_choices
 from ..config import LoraSVDConfig
 from ..decompositions import Factors
 from ..errors import LoraSVDError, in_module
+from ..evaluation import evaluation_mode
+from ..groups import GroupSearch, describe_failing, failing, fields_of, found_groups, surprising, usable_groups
 from ..importance import IMPORTANCES
+from ..inputs import CompressionSettings, LayerInput, narrow_units, units_of
 from ..neurons import NeuronGroup
 from ..schedule import Schedule, build_schedule
 from ..statistics import STATISTICS
 from . import distributed
 from .adapter import LayerAdapter
-from .groups import GroupSearch, mark, marked, tried
+from .groups import mark, marked
 from .layer import LoraSVDLinear
 from .observer import pack_statistics
 from .optimizer import gradients_are_finite, hand_over, has_all_factors, trained_parameters
@@ -88,6 +83,7 @@ class AdapterRun:
         self.model, self._configs = model, configs
         self._chosen: ChosenSize | None = None  # of the user, once what is in force stands in the config
         self._trained: dict[str, Factors] | None = None
+        self._choices: tuple[object, dict[str, list[Choice]]] | None = None  # and what they depend on
         self._is_stepped = False
         self._before: list[float] | None = None
         self.missed_steps = 0
@@ -139,12 +135,7 @@ class AdapterRun:
     @property
     def groups(self) -> dict[str, NeuronGroup]:
         """Layers that share neurons, by the name of the one that takes them."""
-        groups, layers = (self.config.neuron_groups or {}) if self.config.prices_neurons else {}, self.layers.keys()
-        return {
-            consumer: NeuronGroup(consumer, tuple(producers))
-            for consumer, producers in groups.items()
-            if layers >= {consumer, *producers}
-        }
+        return usable_groups(self.config, self.layers)
 
     @property
     def chosen_size(self) -> ChosenSize | None:
@@ -184,12 +175,9 @@ class AdapterRun:
 
     def check_budget(self) -> None:
         """Raise if the target cannot be reached, or the ranks that were given do not reach it."""
-        config, shapes = self.config, self.shapes
-        if config.compact_ranks and not config.compressed:
-            if not config.compact_widths:
-                given_ranks(config.compact_ranks, shapes, config.param_ratio, config.factor_format)
-        else:
-            check_budget(shapes, config.param_ratio, config.factor_format)
+        config = self.config
+        given = None if config.compressed else config.compact_ranks
+        check_size(self.shapes, config.param_ratio, config.factor_format, given, config.compact_widths)
 
     # -- compression ---------------------------------------------------------------------------------------------------
 
@@ -213,23 +201,12 @@ class AdapterRun:
             for name, layer, index in self._owned()
         }
 
-    def _units_of_layers(self) -> dict[str, str]:
-        """The name of the group of every layer that is in one."""
-        return {layer: consumer for consumer, group in self.groups.items() for layer in group.layers}
-
     def _owned(self) -> Iterator[tuple[str, LoraSVDLinear, int]]:
         """Every layer with the index of its unit, which says whose work it is: a group is one process's."""
-        of_unit, index = self._units_of_layers(), {}
-        for name, layer in self.layers.items():
-            yield name, layer, index.setdefault(of_unit.get(name, name), len(index))
-
-    def units(self, inputs: Mapping[str, LayerInput]) -> dict[str, dict[str, LayerInput]]:
-        """The layers of every group, by its consumer, and every other layer on its own; in the order of the model."""
-        of_unit = self._units_of_layers()
-        units: dict[str, dict[str, LayerInput]] = {}
-        for name, given in inputs.items():
-            units.setdefault(of_unit.get(name, name), {})[name] = given
-        return units
+        layers = self.layers
+        index = {name: i for i, unit in enumerate(units_of(layers, self.groups).values()) for name in unit}
+        for name, layer in layers.items():
+            yield name, layer, index[name]
 
     def kept_inputs(self, inputs: Mapping[str, LayerInput]) -> dict[str, LayerInput]:
         """The same of what is kept of every layer as it stands."""
@@ -262,22 +239,16 @@ class AdapterRun:
         divide = distributed.run_divided if together else distributed.run_alone
         config, settings, layers, groups = self.config, self.settings, self.layers, self.groups
         inputs = self.inputs(gather=together) if inputs is None else inputs
-        shapes, units = {name: layer.shape for name, layer in inputs.items()}, self.units(inputs)
+        units = units_of(inputs, groups)
         neurons: dict[str, Tensor] = {}
         if param_ratio == 1:
-            ranks = {name: shape.full_rank for name, shape in shapes.items()}
+            ranks = {name: layer.shape.full_rank for name, layer in inputs.items()}
         elif chosen:
-            _check_widths(chosen.widths, groups, shapes)
-            neurons = {name: best_neurons(units[name], groups[name], w, settings) for name, w in chosen.widths.items()}
-            ranks = chosen.ranks
+            ranks, neurons = given_size(units, groups, chosen.ranks, chosen.widths, config.param_ratio, settings)
         else:
-            choices = divide(units, lambda share: size_choices(share, groups, settings))
-            allocation = choose_size(choices, param_ratio, settings)
+            allocation = choose_size(self.choices(units, groups, settings, divide), param_ratio, settings)
             ranks, neurons = allocation.ranks, allocation.neurons
         kept = narrow_units(units, groups, neurons)
-        if chosen and param_ratio < 1:
-            kept_shapes = {name: given.shape for of in kept.values() for name, given in of.items()}
-            ranks = given_ranks(ranks, kept_shapes, config.param_ratio, config.factor_format, of=shapes)
 
         def factors_of(share: Mapping[str, dict[str, LayerInput]]) -> Iterator[tuple[str, dict[str, Factors | None]]]:
             for unit, of in share.items():
@@ -299,6 +270,20 @@ class AdapterRun:
             chosen,
             widths,
         )
+
+    def choices(
+        self,
+        units: Mapping[str, Mapping[str, LayerInput]],
+        groups: Mapping[str, NeuronGroup],
+        settings: CompressionSettings,
+        divide: Callable[..., dict[str, list[Choice]]] = distributed.run_alone,
+    ) -> dict[str, list[Choice]]:
+        """What every unit can keep, computed once for all sizes until more is observed."""
+        shapes = {name: layer.shape for layers in units.values() for name, layer in layers.items()}
+        known = (settings, groups, shapes)
+        if self._choices is None or self._choices[0] != known:
+            self._choices = known, divide(units, lambda share: size_choices(share, groups, settings))
+        return self._choices[1]
 
     def apply(self, result: Compression, *, param_ratio: float | None = None) -> None:
         """Let factors stand for the weights, and observe no more. ``param_ratio``: a new target."""
@@ -352,7 +337,9 @@ class AdapterRun:
         config = self.config
         adapters = self.adapters().values()
         if config.prices_neurons and config.neuron_groups is None and any(of.observer.collects for of in adapters):
-            self._set_search(GroupSearch())
+            shapes, layers = self.shapes, self.layers.items()
+            shapes = {name: shapes[name] for name, layer in layers if layer.num_ids is None}
+            self._set_search(GroupSearch(shapes, heads=config.heads))
 
     def _set_search(self, search: GroupSearch | None) -> None:
         self.search, self.batch = search, None
@@ -361,14 +348,20 @@ class AdapterRun:
 
     def _find_groups(self, search: GroupSearch) -> None:
         """Take up the groups that a step has shown and that the model runs without."""
-        groups, batch, layers = search.groups(), self.batch, self.layers
+        groups, batch, failed = found_groups(distributed.gathered_objects(search)), self.batch, {}
         self._set_search(None)
-        if groups and batch is not None and not any(distributed.is_sharded(p) for p in self.model.parameters()):
-            groups = tried(groups, self.model, layers, batch)
-        together = set.intersection(*map(set, distributed.gathered_objects(list(groups))))
-        groups = {name: group for name, group in groups.items() if name in together}
+        if batch is None or any(distributed.is_sharded(p) for p in self.model.parameters()):
+            groups = {name: group for name, group in groups.items() if not group.heads}  # which have to be tried
+        elif groups:
+            args, kwargs = batch
+            with evaluation_mode(self.model):
+                failed = failing(groups, self.layers, search.shapes, lambda: self.model(*args, **kwargs))
+        if named := surprising(failed, groups):
+            warnings.warn(describe_failing(named), stacklevel=4)
+        refused = set().union(*distributed.gathered_objects(set(failed)))
+        groups = {name: group for name, group in groups.items() if name not in refused}
         mark(groups, self.adapters())
-        self._reconfigure(neuron_groups={name: list(group.producers) for name, group in groups.items()})
+        self._reconfigure(**fields_of(groups))
 
     def watch(self) -> None:
         """Count, forward pass by forward pass, the steps of an optimizer that nobody told this run of; warn of two."""
@@ -387,6 +380,7 @@ class AdapterRun:
         """Let the layers see the gradients of the step, with what A lets through of the inputs of all processes."""
         adapters = {name: layer.adapter(self.name) for name, layer in layers.items()}
         observed = {name: adapter for name, adapter in adapters.items() if adapter.has_step}
+        self._choices = None if observed else self._choices
         inputs: list[Tensor | None] = [None] * len(observed)
         statistics = IMPORTANCES[self.config.importance].statistics
         if any("input_gram" in STATISTICS[name].needs for name in statistics):
@@ -429,38 +423,26 @@ class AdapterRun:
             self.config.compressed and self.config.compact_ranks == ranks
         )
         chosen = self.chosen_size
-        self._trained, self._chosen = None, chosen
+        self._trained, self._chosen, self._choices = None, chosen, None
         groups = marked(adapters)
         if compressed or groups:
             self._set_search(None)
-        widths = {name: len(of.columns) for name in groups if (of := adapters[name].factors) and of.columns is not None}
+        widths = {
+            name: len(of.columns) * group.units(whole := self.layers[name].in_features) // whole
+            for name, group in groups.items()
+            if (of := adapters[name].factors) and of.columns is not None
+        }
         given = (chosen and chosen.widths) or None
         state = {
             "compressed": compressed,
             "compact_ranks": ranks if compressed else chosen and chosen.ranks,
             "compact_widths": (widths or None) if compressed else given,
-            "neuron_groups": groups or self.config.neuron_groups,
+            **(fields_of(groups) if groups else {}),
         }
         if any(getattr(self.config, field) != value for field, value in state.items()):
             self._reconfigure(**state)
         for adapter in adapters.values():
             adapter.observer.collect(self.config)
-
-
-def _check_widths(
-    widths: Mapping[str, int], groups: Mapping[str, NeuronGroup], shapes: Mapping[str, LayerShape]
-) -> None:
-    """Raise if a width that the user gave is none of a group, or more than it has."""
-    for name, width in widths.items():
-        if name not in groups:
-            raise LoraSVDError(
-                f"compact_widths: got {width} for {name}, which takes no neurons that other targeted layers make one "
-                f"by one; expected some of {sorted(groups)}"
-            )
-        if width > shapes[name].in_features:
-            raise LoraSVDError(
-                f"compact_widths: got {width} for {name}, expected at most its {shapes[name].in_features} neurons"
-            )
 
 
 def _weight_reader(name: str, layer: LoraSVDLinear, *, gather: bool, mine: bool) -> Callable[[], Tensor]:

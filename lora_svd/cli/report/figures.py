@@ -59,7 +59,7 @@ def _ranks(layers: Mapping[str, LayerSummary]) -> Figure | None:
 def _neurons(training: TrainingSummary) -> Figure | None:
     if not (training.layers and training.neurons):
         return None
-    return depth_map(training.neurons, title="Kept neurons", label="kept neurons / all (1 = none is gone)")
+    return depth_map(training.neurons, title="Kept neurons and heads", label="kept / all (1 = none is gone)")
 
 
 def _spectra(layers: Mapping[str, LayerSummary]) -> Figure | None:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerState
 
-from ...allocation import Allocation, Choice, LayerShape
+from ...allocation import Allocation, LayerShape
 from ...compact import LowRankEmbedding, TiedHead, parameter_report
-from ...compression import LayerInput, choose_size, compute_spectra, factorize, narrow_units, size_choices
+from ...compression import choose_size, compute_spectra, factorize
 from ...errors import LoraSVDError
 from ...evaluation import Perplexity
+from ...inputs import narrow_layers, units_of
 from ...schedule import Schedule
 from ...tuner.export import compact_layer
 from ...tuner.model import LoraSVDModel
@@ -79,10 +80,9 @@ class TrainedRun:
     """
 
     def __init__(self, tuner: LoraSVDModel, state: TrainerState) -> None:
-        run = tuner.run()
+        self._run = run = tuner.run()
         self._adapter, self._config, self._settings = run.name, run.config, run.settings
         self._layers, self._inputs, self._groups = run.layers, run.inputs(), run.groups
-        self._units = run.units(self._inputs)
         self._kept = run.kept_inputs(self._inputs)
         self._state, self._schedule = state, run.schedule(state.max_steps)
         if self._config.param_ratio == 1:
@@ -137,29 +137,20 @@ class TrainedRun:
                 perplexities[parameter_report(model).param_ratio] = measure(model)
         return perplexities
 
-    @cached_property
-    def _choices(self) -> dict[str, list[Choice]]:
-        return dict(size_choices(self._units, self._groups, self._settings))
-
     def _sizes(self, param_ratios: Iterable[float]) -> list[Allocation]:
         """What is kept at each of the sizes that can be reached."""
-        sizes = []
+        sizes, choices = [], self._run.choices(units_of(self._inputs, self._groups), self._groups, self._settings)
         for param_ratio in param_ratios:
             try:
-                sizes.append(choose_size(self._choices, param_ratio, self._settings))
+                sizes.append(choose_size(choices, param_ratio, self._settings))
             except LoraSVDError as error:
                 warnings.warn(f"report_sizes: {param_ratio} is left out of the report: {error}", stacklevel=3)
         return sizes
 
-    def _at(self, size: Allocation) -> dict[str, LayerInput]:
-        units = narrow_units(self._units, self._groups, size.neurons).values()
-        narrowed = {name: given for of in units for name, given in of.items()}
-        return {name: narrowed[name] for name in self._inputs}
-
     @torch.no_grad()
     def modules(self, size: Allocation) -> dict[str, nn.Module]:
         """The layers that ``set_param_ratio`` and ``merge_and_unload`` would have made, by name."""
-        modules, inputs = {}, self._at(size)
+        modules, inputs = {}, narrow_layers(self._inputs, self._groups, size.neurons)
         for name, factors in factorize(inputs, size.ranks, self._settings):
             layer = self._layers[name]
             bypass = layer.adapter(self._adapter).bypass
