@@ -55,11 +55,14 @@ class GroupSearch:
 
 def found_groups(searches: Iterable[GroupSearch]) -> dict[str, NeuronGroup]:
     """The groups on which all searches agree, by consumer; of two with a layer in common the first."""
-    searches = list(searches)
-    refuted = {name for search in searches for name in search.refuted}
+    found: dict[str, NeuronGroup] = {}
+    refuted: set[str] = set()
+    for search in searches:
+        others = {name for name, group in search.found.items() if found.setdefault(name, group) != group}
+        refuted |= search.refuted | others
     groups: dict[str, NeuronGroup] = {}
     taken: set[str] = set()
-    for consumer, group in sorted({name: of for search in searches for name, of in search.found.items()}.items()):
+    for consumer, group in sorted(found.items()):
         if consumer not in refuted and taken.isdisjoint(group.layers):
             groups[consumer] = group
             taken |= set(group.layers)

@@ -30,6 +30,7 @@ from lora_svd.allocation import Choice, LayerShape, allocate, budget_of, kept_pa
 from lora_svd.compact import densify, parameter_report
 from lora_svd.compression import choose_size
 from lora_svd.decompositions.svd import weighted_spectrum
+from lora_svd.groups import GroupSearch, found_groups
 from lora_svd.inputs import CompressionSettings
 from lora_svd.linalg import Metrics
 from lora_svd.neurons import GroupWeights, NeuronGroup, eliminate, eliminate_heads, refit, width_spectra, widths
@@ -288,7 +289,7 @@ class Net(nn.Module):
         return self.down(self.between(self.up(torch.tanh(self.first(x)))))
 
 
-def found_groups(net: nn.Module, **changes: Any) -> Any:
+def groups_in(net: nn.Module, **changes: Any) -> Any:
     given = {"target_modules": ["up", "down"], "warmup": 2, "total_steps": 4, **changes}
     model = get_peft_model(net, settings(**given))
     torch.manual_seed(1)
@@ -312,7 +313,7 @@ GATE = nn.Parameter(torch.ones(12), requires_grad=False)
     ids=["relu", "gelu", "glu", "formula", "dropout"],
 )
 def test_elementwise_forms_are_groups(between: Any, width: int) -> None:
-    assert found_groups(Net(between, width)) == {"down": ["up"]}
+    assert groups_in(Net(between, width)) == {"down": ["up"]}
 
 
 @pytest.mark.parametrize(
@@ -327,7 +328,7 @@ def test_elementwise_forms_are_groups(between: Any, width: int) -> None:
     ids=["norm", "softmax", "flip", "neighbour", "mean"],
 )
 def test_other_forms_are_none(between: Any) -> None:
-    assert found_groups(Net(between)) == {}
+    assert groups_in(Net(between)) == {}
 
 
 @pytest.mark.parametrize(
@@ -335,7 +336,7 @@ def test_other_forms_are_none(between: Any) -> None:
 )
 def test_what_does_not_run_with_fewer_neurons_is_named(between: Any) -> None:
     with pytest.warns(UserWarning, match="down: takes neurons one by one, but the model does not run without some"):
-        assert found_groups(Net(between)) == {}
+        assert groups_in(Net(between)) == {}
 
 
 @pytest.mark.parametrize(
@@ -349,7 +350,7 @@ def test_what_does_not_run_with_fewer_neurons_is_named(between: Any) -> None:
     ids=str,
 )
 def test_without_one_budget_nothing_is_sought(changes: dict[str, Any]) -> None:
-    assert found_groups(Net(torch.relu), **changes) is None
+    assert groups_in(Net(torch.relu), **changes) is None
 
 
 def test_partly_targeted_and_overlapping_groups_are_left_alone(tmp_path: Path) -> None:
@@ -363,7 +364,7 @@ def test_partly_targeted_and_overlapping_groups_are_left_alone(tmp_path: Path) -
             return self.down(torch.relu(self.up(torch.relu(self.first(x)))))
 
     net = Chain(None)
-    assert found_groups(net, target_modules=["first", "up", "down"]) == {"down": ["up"]}
+    assert groups_in(net, target_modules=["first", "up", "down"]) == {"down": ["up"]}
 
 
 # -- the product -------------------------------------------------------------------------------------------------------
@@ -552,3 +553,12 @@ def test_heads_go_where_they_pay(gain: float, goes: bool) -> None:
     )
     found = choose_size({"out": [fewer, whole]}, at_rank_3, CompressionSettings.of(settings(rank_multiple=1)))
     assert bool(found.neurons) == goes
+
+
+def test_searches_that_disagree_find_nothing() -> None:
+    """Of two processes, say."""
+    shapes = {"out": LayerShape(8, 8)}
+    found = [GroupSearch(shapes, found={"out": NeuronGroup("out", ("in",), heads)}) for heads in (2, 4)]
+    assert found_groups(found) == {}
+    assert found_groups(found[:1]) == found[0].found
+    assert found_groups([found[0], GroupSearch(shapes, refuted={"out"})]) == {}
