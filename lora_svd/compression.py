@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -25,7 +26,7 @@ from .inputs import CompressionSettings, LayerInput, layer_metrics, narrow, narr
 from .neurons import GroupWeights, NeuronGroup, refit, width_spectra, widths
 
 T = TypeVar("T")
-_HEADS_GAIN = 0.01
+_HEADS_GAIN = 0.01  # of the predicted loss, from which heads go
 
 
 def compute_spectra(layers: Mapping[str, LayerInput], settings: CompressionSettings) -> dict[str, Tensor]:
@@ -112,17 +113,17 @@ def choose_size(choices: Mapping[str, list[Choice]], param_ratio: float, setting
     Heads go where that is predicted to be better by 1 % of the loss: a head is a larger change than one that the second
     order describes, and what it does on other text was not observed.
     """
-    without = {name: of[-1:] if of[-1].heads else of for name, of in choices.items()}
-    found, with_heads = (
-        allocate(
-            of,
-            param_ratio=param_ratio,
-            allocation=settings.allocation,
-            factor_format=settings.factor_format,
-            rank_multiple=settings.rank_multiple,
-        )
-        for of in (without, choices)
+    allocated = partial(
+        allocate,
+        param_ratio=param_ratio,
+        allocation=settings.allocation,
+        factor_format=settings.factor_format,
+        rank_multiple=settings.rank_multiple,
     )
+    found = allocated({name: of[-1:] if of[-1].heads else of for name, of in choices.items()})
+    if not any(of[-1].heads for of in choices.values()):
+        return found
+    with_heads = allocated(choices)
     return with_heads if with_heads.error < (1 - _HEADS_GAIN) * found.error else found
 
 
@@ -160,9 +161,7 @@ def _check_widths(
                 f"compact_widths: got {width} for {name}, which takes no neurons or heads that other targeted layers "
                 f"make one by one; expected some of {sorted(groups)}"
             )
-        if width > (units := groups[name].units(shapes[name].in_features)):
-            unit = "heads" if groups[name].heads else "neurons"
-            raise LoraSVDError(f"compact_widths: got {width} for {name}, expected at most its {units} {unit}")
+        groups[name].check_width(width, shapes[name].in_features)
 
 
 def factorize(

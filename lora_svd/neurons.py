@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import LoraSVDError
 from .linalg import Metrics, metric_root, metric_times, root_transpose_times
 
 _BLOCK = 64  # neurons that are left out between two updates of whole matrices
@@ -45,6 +46,12 @@ class NeuronGroup:
     def units(self, in_features: int) -> int:
         """Number of neurons or heads, of the consumer's input features."""
         return self.heads or in_features
+
+    def check_width(self, width: int, in_features: int) -> None:
+        """Raise if a width that the user gave is more than there are units."""
+        if width > (units := self.units(in_features)):
+            unit = "heads" if self.heads else "neurons"
+            raise LoraSVDError(f"compact_widths: got {width} for {self.consumer}, expected at most its {units} {unit}")
 
     def features(self, kept: Tensor, size: int, units: int) -> Tensor:
         """Those of the ``size`` features of one side of a layer that belong to some of ``units``, ascending."""

@@ -10,7 +10,6 @@ from torch import nn
 
 from ..compact.layers import layer_features
 from ..config import LoraSVDConfig
-from ..errors import LoraSVDError
 from ..groups import groups_of
 from ..neurons import NeuronGroup
 from .adapter import LayerAdapter
@@ -45,9 +44,9 @@ def kept_features(model: nn.Module, config: LoraSVDConfig, name: str) -> tuple[i
         width = (config.compact_widths or {}).get(consumer)
         if width is None or name not in group.layers:
             continue
-        units = group.units(layer_features(_base(model, consumer))[0])
-        if width > units:
-            raise LoraSVDError(f"compact_widths: got {width} for {consumer}, expected at most its {units} units")
+        taken = layer_features(_base(model, consumer))[0]
+        group.check_width(width, taken)
+        units = group.units(taken)
         if name == consumer:
             return out_features, in_features // units * width
         return out_features // units * width, in_features
