@@ -16,7 +16,7 @@ import torch
 from common import CostArguments, Results
 from cost_growth import growth
 from cost_inference import inference, inference_of
-from cost_training import factorization, training_step, whole_run
+from cost_training import factorization, search, training_step, whole_run
 from transformers import HfArgumentParser
 
 SIZE = {"param_ratio": 0.8}
@@ -33,6 +33,7 @@ ROWS: dict[str, Callable[[CostArguments], dict[str, Any]]] = {
     "step, recovering, 0.4": partial(training_step, config={"param_ratio": 0.4}, observing=False),
     "step, recovering, distilled": partial(training_step, config={**SIZE, "distillation": 0.5}, observing=False),
     "factorization, kronecker": partial(factorization, config=TWO_SIDED),
+    "search for neurons, heads and ranks, kronecker": partial(search, config={**TWO_SIDED, "param_ratio": 0.6}),
     "inference, pivoted": partial(inference, factor_format="pivoted", dtype="float32"),
     "inference, pivoted, bfloat16": partial(inference, factor_format="pivoted", dtype="bfloat16"),
     "inference, factors": partial(inference, factor_format="factors", dtype="float32"),

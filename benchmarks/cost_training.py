@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from lora_svd import LoraSVDCallback, LoraSVDConfig
 from lora_svd.compression import choose_size, factorize, size_choices
-from lora_svd.inputs import LayerInput, layer_metrics, units_of
+from lora_svd.inputs import CompressionSettings, LayerInput, layer_metrics, narrow_layers, units_of
 from lora_svd.linalg import Metrics
+from lora_svd.neurons import NeuronGroup
 
 LORA = {"r": 16, "lora_alpha": 16, "target_modules": "all-linear"}
 RANKS_ALONE = {"neurons": False}
@@ -33,7 +35,7 @@ class Stepper:
             self.model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **LORA))
         else:
             phases = {"total_steps": 10_000, "warmup": 9_000 if observing else 1}
-            self.model = get_peft_model(base, LoraSVDConfig(**LORA, **RANKS_ALONE, **phases, **config))
+            self.model = get_peft_model(base, LoraSVDConfig(**{**LORA, **RANKS_ALONE, **phases, **config}))
         self.tuner: Any = self.model.base_model
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
         self.model.train()
@@ -121,22 +123,40 @@ def run_seconds(given: CostArguments, config: dict[str, Any] | None) -> dict[str
 
 def factorization(given: CostArguments, config: dict[str, Any]) -> dict[str, Any]:
     """Spectra, ranks and factors of some blocks beside square roots and whole SVDs of the same scaled weights."""
-    stepper = Stepper(given, config)
-    stepper()
-    run = stepper.tuner.run()
-    inputs, settings = run.inputs(), run.settings
-    few = dict(list(inputs.items())[: 7 * given.blocks])
-
-    def ours() -> None:
-        choices = dict(size_choices(units_of(few, {}), {}, settings))
-        ranks = choose_size(choices, config["param_ratio"], settings).ranks
-        assert len(list(factorize(few, ranks, settings))) == len(few)
+    few, _, settings = _observed(given, config)
 
     def theirs() -> None:
         for name, layer in few.items():
             whole_svd(layer, layer_metrics(name, layer, settings))
 
+    ours = partial(_compress, few, {}, config["param_ratio"], settings)
     return {"layers": len(few), **paired(ours, theirs, max(1, given.repetitions // 3))}
+
+
+def search(given: CostArguments, config: dict[str, Any]) -> dict[str, Any]:
+    """Neurons, heads, ranks and factors of some blocks beside ranks and factors alone."""
+    few, groups, settings = _observed(given, {**config, "neurons": True})
+    ours, theirs = (partial(_compress, few, of, config["param_ratio"], settings) for of in (groups, {}))
+    return {"layers": len(few), "groups": len(groups), **paired(ours, theirs, max(1, given.repetitions // 3))}
+
+
+def _observed(
+    given: CostArguments, config: dict[str, Any]
+) -> tuple[dict[str, LayerInput], dict[str, NeuronGroup], CompressionSettings]:
+    """The layers of the first blocks after a step, and the groups among them."""
+    stepper = Stepper(given, config)
+    stepper()
+    run = stepper.tuner.run()
+    few = dict(list(run.inputs().items())[: 7 * given.blocks])
+    return few, {name: group for name, group in run.groups.items() if name in few}, run.settings
+
+
+def _compress(
+    layers: dict[str, LayerInput], groups: dict[str, NeuronGroup], param_ratio: float, settings: CompressionSettings
+) -> None:
+    choices = dict(size_choices(units_of(layers, groups), groups, settings))
+    chosen = choose_size(choices, param_ratio, settings)
+    assert len(list(factorize(narrow_layers(layers, groups, chosen.neurons), chosen.ranks, settings))) == len(layers)
 
 
 def whole_svd(layer: LayerInput, metrics: Metrics) -> None:

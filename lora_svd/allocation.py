@@ -240,15 +240,8 @@ def _options(spectrum: Tensor, shape: LayerShape, factor_format: str, rank_multi
 def _global(options: dict[str, Options], shapes: Mapping[str, LayerShape], param_ratio: float) -> dict[str, int]:
     """Bisect the price of a parameter in error, then spend what the jumps of the curves left over."""
     budget = budget_of(shapes, param_ratio)
-
-    def choose(price: float) -> dict[str, int]:
-        return {name: option.best(price) for name, option in options.items()}
-
-    def cost(chosen: dict[str, int]) -> int:
-        return sum(options[name].costs[index] for name, index in chosen.items())
-
-    price = _least_price(lambda price: cost(choose(price)) <= budget, max(of.errors[0] for of in options.values()))
-    return _spend(options, choose(price), budget)
+    price = _least_price({name: _UnitOptions([0.0], [[of]]) for name, of in options.items()}, budget)
+    return _spend(options, {name: of.best(price) for name, of in options.items()}, budget)
 
 
 def _with_neurons(priced: Mapping[str, list[tuple[Choice, dict[str, Options]]]], budget: int) -> Allocation:
@@ -257,11 +250,7 @@ def _with_neurons(priced: Mapping[str, list[tuple[Choice, dict[str, Options]]]],
         name: _UnitOptions([choice.error for choice, _ in choices], [list(by.values()) for _, by in choices])
         for name, choices in priced.items()
     }
-
-    def fits(price: float) -> bool:
-        return sum(unit.best(price)[1] for unit in units.values()) <= budget
-
-    price = _least_price(fits, max(unit.largest_error for unit in units.values()))
+    price = _least_price(units, budget)
     kept = {name: priced[name][unit.best(price)[0]] for name, unit in units.items()}
     options = {layer: of for _, by in kept.values() for layer, of in by.items()}
     chosen = _spend(options, {layer: of.best(price) for layer, of in options.items()}, budget)
@@ -295,12 +284,16 @@ class _UnitOptions:
         return index, int(costs[index])
 
 
-def _least_price(fits: Callable[[float], bool], largest_error: float) -> float:
+def _least_price(units: Mapping[str, _UnitOptions], budget: int) -> float:
     """The least price of a parameter at which the budget is met."""
+
+    def fits(price: float) -> bool:
+        return sum(unit.best(price)[1] for unit in units.values()) <= budget
+
     if fits(0.0):
         return 0.0
     # Twice the largest error: one parameter is then worth more than any, whatever the sums are rounded to.
-    low, high = 0.0, 2 * largest_error + 1e-300
+    low, high = 0.0, 2 * max(unit.largest_error for unit in units.values()) + 1e-300
     for _ in range(200):
         middle = (low * high) ** 0.5 if low > 0 else high * 1e-18
         if fits(middle):

@@ -3,9 +3,10 @@
 import warnings
 from contextvars import ContextVar
 
+import numpy as np
 import torch
 
-_LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
+_LINALG_ERRORS = (torch.linalg.LinAlgError, np.linalg.LinAlgError)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class LoraSVDError(ValueError):
@@ -40,5 +41,5 @@ class in_module:
 
     def __exit__(self, type_: object, error: BaseException | None, trace: object) -> None:
         _module.reset(self._token)
-        if isinstance(error, NumericalError | _LinAlgError) and self._name not in str(error):
+        if isinstance(error, (NumericalError, *_LINALG_ERRORS)) and self._name not in str(error):
             raise NumericalError(f"{self._name}: {error}") from error

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -180,7 +181,7 @@ def raised_root(metric: Tensor | None) -> tuple[Tensor | None, int]:
         root, failed = torch.linalg.cholesky_ex(metric)
         if not int(failed):
             return root, 0
-        values, vectors = torch.linalg.eigh(metric)
+        values, vectors = eigen(metric)
     largest = float(values.max())
     check_semidefinite(float(values.min()), largest)
     num_raised = int((values < SINGULAR * largest).sum())
@@ -221,6 +222,26 @@ def root_transpose_solve(root: Tensor | None, matrix: Tensor) -> Tensor:
     if _is_lower(root):
         return torch.linalg.solve_triangular(root.T, matrix, upper=True)
     return torch.linalg.solve(root.T, matrix)
+
+
+def eigenvalues(matrix: Tensor) -> Tensor:
+    """Of a symmetric matrix, ascending.
+
+    On the CPU by NumPy's LAPACK, as :func:`eigen`: PyTorch's takes 2 to 6 times as long for hundreds of rows, since its
+    threads wait for each other in every small step.
+    """
+    if matrix.device.type == "cpu":
+        return torch.from_numpy(np.linalg.eigvalsh(matrix.numpy()))
+    return torch.linalg.eigvalsh(matrix)
+
+
+def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of a symmetric matrix, ascending, and its eigenvectors, as columns."""
+    if matrix.device.type == "cpu":
+        values, vectors = np.linalg.eigh(matrix.numpy())
+        return torch.from_numpy(values), torch.from_numpy(vectors)
+    values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors
 
 
 def metric_times(metric: Tensor | None, matrix: Tensor) -> Tensor:

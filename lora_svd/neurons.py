@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import LoraSVDError
-from .linalg import Metrics, metric_root, metric_times, root_transpose_times
+from .linalg import Metrics, eigenvalues, metric_root, metric_times, root_transpose_times
 
 _BLOCK = 64  # neurons that are left out between two updates of whole matrices
 _MOST_WIDTHS = 12  # finer ones fit the observed text more closely, and lose more elsewhere
@@ -209,7 +209,7 @@ class GroupWeights:
 def width_spectra(
     given: GroupWeights, elimination: Elimination, choices: Sequence[int]
 ) -> Iterator[tuple[int, float, dict[str, Tensor]]]:
-    """For each width: the width, the loss that leaving out the others costs, and the spectra of what is left.
+    """For each width, ascending: itself, the loss that leaving out the others costs, and the spectra of what is left.
 
     Squared singular values, descending, as :func:`..decompositions.svd.weighted_spectrum` of the producers' rows and of
     the refitted consumer. That one's follow from ``W_K' A_KK W_K'^T = W A W^T - sum d d^T`` without a refit.
@@ -220,22 +220,38 @@ def width_spectra(
     whole = root_transpose_times(root, root_transpose_times(root, W @ metric_times(metrics.column, W.T)).T)
     removed = root_transpose_times(root, elimination.removed)
     cost = torch.cat([torch.zeros(1, dtype=torch.float64), elimination.costs.cumsum(0)])
-    scaled = {
-        name: root_transpose_times(metric_root(given.metrics[name].column), given.weights[name].double().T).T
-        for name in group.producers
-    }
+    grams, kept = {}, [elimination.kept(width, units) for width in choices]
+    for name in group.producers:
+        rows = root_transpose_times(metric_root(given.metrics[name].column), given.weights[name].double().T).T
+        parts = [group.features(those, len(rows), units) for those in kept]
+        grams[name] = _nested_grams(rows, given.metrics[name].row, parts)
+    per_unit = W.shape[1] // units
+    before, left = removed.shape[1], whole - removed @ removed.T
     for width in choices:
-        kept, num_gone = elimination.kept(width, units), W.shape[1] * (units - width) // units
+        num_gone = (units - width) * per_unit
+        back = removed[:, num_gone:before]
+        before, left = num_gone, left + back @ back.T
         spectra = {}
-        for name, rows in scaled.items():
-            index = group.features(kept, len(rows), units)
-            part = rows[index]
-            row = given.metrics[name].narrowed(rows=index).row
-            spectra[name] = _eigenvalues(part.T @ metric_times(row, part), min(part.shape))
-        gone = removed[:, :num_gone]
-        spectra[consumer] = _eigenvalues(whole - gone @ gone.T, min(len(whole), W.shape[1] - num_gone))
+        for name, of in grams.items():
+            matrix, rows = next(of)
+            spectra[name] = _descending(matrix, min(rows, len(matrix)))
+        spectra[consumer] = _descending(left, min(len(left), W.shape[1] - num_gone))
         yield width, float(cost[units - width]), spectra
 
 
-def _eigenvalues(matrix: Tensor, number: int) -> Tensor:
-    return torch.linalg.eigvalsh((matrix + matrix.T) / 2).flip(0)[:number].clamp_min(0)
+def _nested_grams(rows: Tensor, metric: Tensor | None, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, int]]:
+    """For indices K that grow, ``rows_K^T metric_KK rows_K`` and their number: each adds what is new in it alone."""
+    total, kept = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype), torch.empty(0, dtype=torch.int64)
+    for index in parts:
+        new = index[~torch.isin(index, kept)]
+        if metric is None or metric.dim() == 1:
+            total = total + rows[new].T @ metric_times(None if metric is None else metric[new], rows[new])
+        else:
+            half = rows[new].T @ (metric[new][:, kept] @ rows[kept] + metric[new][:, new] @ rows[new] / 2)
+            total = total + half + half.T
+        kept = torch.cat([kept, new])
+        yield total, len(kept)
+
+
+def _descending(matrix: Tensor, number: int) -> Tensor:
+    return eigenvalues((matrix + matrix.T) / 2).flip(0)[:number].clamp_min(0)

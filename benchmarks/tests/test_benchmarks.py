@@ -135,11 +135,21 @@ def test_cost_benchmark(tmp_path: Path) -> None:
     model: Any = get_peft_model(base, LoraSVDConfig(importance="none"))
     model.base_model.set_param_ratio(0.5)
     save_compact(model.merge_and_unload(), tmp_path / "compact")
-    rows = ["step, recovering", "factorization, kronecker", "inference, pivoted", "run", "inference of compact models"]
+    rows = ["step, recovering", "factorization, kronecker", "search for neurons, heads and ranks, kronecker"]
+    rows += ["inference, pivoted", "run", "inference of compact models"]
     run(tmp_path, "cost.py", *words, "--blocks", "1", "--rows", *rows, "--compact", "compact")
-    step, factorization, inference, whole, given = map(json.loads, (tmp_path / "cost.jsonl").read_text().splitlines())
-    assert factorization["layers"] == 7
-    compared = [step, factorization, whole, *(inference["0.4"][f"{name}, batch 1"] for name in ("prefill", "decode"))]
+    step, factorization, search, inference, whole, given = map(
+        json.loads, (tmp_path / "cost.jsonl").read_text().splitlines()
+    )
+    assert factorization["layers"] == search["layers"] == 7
+    assert search["groups"] == 2
+    compared = [
+        step,
+        factorization,
+        search,
+        whole,
+        *(inference["0.4"][f"{name}, batch 1"] for name in ("prefill", "decode")),
+    ]
     assert all(row["wall_ratio"] > 0 and row["cpu_ratio"] > 0 for row in compared)
     assert step["memory_ratio"] > 0.5 < whole["mebibytes_ratio"]
     assert inference["0.2"]["bytes_ratio"] < inference["0.8"]["bytes_ratio"] < 1

@@ -21,7 +21,7 @@ from torch import Tensor
 # The module, not the package's registry, because its plain spectrum is meant whatever a run chooses.
 from ..decompositions.svd import weighted_spectrum
 from ..errors import LoraSVDError, NumericalError
-from ..linalg import INDEFINITE_TOLERANCE, Metrics
+from ..linalg import INDEFINITE_TOLERANCE, Metrics, eigenvalues
 
 SPECTRA = ("weight", "features", "weighted")
 # An entry this small beside the root mean square adds a millionth of an average entry to the energy.
@@ -184,7 +184,7 @@ def feature_spectrum(gram: Tensor) -> SpectrumSummary:
     """
     _check_finite(gram)
     gram = gram.detach().cpu().double()
-    return summarize_spectrum(gram if gram.dim() == 1 else torch.linalg.eigvalsh(gram))
+    return summarize_spectrum(gram if gram.dim() == 1 else eigenvalues(gram))
 
 
 def summarize_entries(weight: Tensor) -> EntrySummary:

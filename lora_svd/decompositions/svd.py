@@ -8,6 +8,8 @@ from torch import Tensor
 from ..linalg import (
     Metrics,
     check_semidefinite,
+    eigen,
+    eigenvalues,
     metric_root,
     metric_times,
     raised_root,
@@ -29,7 +31,7 @@ def weighted_spectrum(weight: Tensor, metrics: Metrics) -> Tensor:
     if weight.shape[0] > weight.shape[1]:
         return weighted_spectrum(weight.T, metrics.transposed)
     scaled = root_transpose_times(metric_root(metrics.row), weight.double())
-    return _checked(torch.linalg.eigvalsh(_column_gram(scaled, metrics))).flip(0).clamp_min(0)
+    return _checked(eigenvalues(_column_gram(scaled, metrics))).flip(0).clamp_min(0)
 
 
 def weighted_svd(weight: Tensor, metrics: Metrics, rank: int) -> Factors:
@@ -49,7 +51,7 @@ def weighted_svd(weight: Tensor, metrics: Metrics, rank: int) -> Factors:
 def _svd_with_root(weight: Tensor, metrics: Metrics, root: Tensor | None, rank: int) -> Factors:
     """:func:`weighted_svd` of a weight with out <= in, given the root of the row metric."""
     scaled = root_transpose_times(root, weight)
-    values, vectors = torch.linalg.eigh(_column_gram(scaled, metrics))
+    values, vectors = eigen(_column_gram(scaled, metrics))
     _checked(values)
     leading = vectors[:, -rank:].flip(1)
     return Factors(left=root_transpose_solve(root, leading), right=leading.T @ scaled)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..linalg import check_semidefinite, gram
+from ..linalg import check_semidefinite, eigen, gram
 
 _NOISE = 1e-6  # of the largest eigenvalue: about what rounding in float32 makes of one that is zero
 
@@ -77,7 +77,7 @@ def _parts(sketch: Tensor) -> tuple[Tensor, Tensor]:
     sketch = sketch.double()
     products, diagonal = sketch[:-1], sketch[-1]
     core = products @ _signs(sketch.shape[1], len(products), sketch.device).double()
-    values, vectors = torch.linalg.eigh((core + core.T) / 2)
+    values, vectors = eigen((core + core.T) / 2)
     if bool(sketch.any()) and len(values):
         check_semidefinite(float(values[0]), float(values[-1]))
     seen = values > _NOISE * values.max() if len(values) else values > 0
