@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from common import CACHE, PeakMemory, Results, cache_folder, phases_of, training_arguments
 from peft import get_peft_model
-from task_rows import ROWS
+from task_rows import RANKS_ALONE, ROWS
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -84,7 +84,7 @@ class Benchmark:
 
     def run(self, name: str) -> None:
         """All sizes and seeds of a row that have no result yet."""
-        row, given = ROWS[name], self.given
+        row, given = (ROWS | RANKS_ALONE)[name], self.given
         same: dict[str, Any] = {"task": given.task, "row": name + given.label, "bf16": given.bf16}
         for seed in given.seeds:
             for size in [1.0] if row.dense else given.sizes:
@@ -170,7 +170,7 @@ class Benchmark:
 
     def adapted(self, model: Any, **choices: Any) -> Any:
         """A model with a LoraSVD adapter in its blocks, and all that is beside them trained."""
-        fixed = {"task_type": "SEQ_CLS", "modules_to_save": self.given.whole, "observed_tokens": 1.0, "neurons": False}
+        fixed = {"task_type": "SEQ_CLS", "modules_to_save": self.given.whole, "observed_tokens": 1.0}
         return get_peft_model(model, LoraSVDConfig(**{**fixed, **choices}))
 
 

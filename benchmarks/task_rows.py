@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from common import PUBLISHED
 from kngpt2 import kronecker_products, taught_by
@@ -154,4 +154,10 @@ ROWS = {
     "ours, one run": Row(partial(ours, one_run=True)),
     "ours, distilled": Row(partial(ours, distillation=0.5)),
     "ours, embedding, distilled": Row(partial(ours, distillation=0.5, **BLOCKS_AND_EMBEDDING)),
+}
+# As rows of ours were before neurons were priced.
+RANKS_ALONE = {
+    f"{name} (ranks alone)": Row(partial(cast(Callable[..., Any], row.make), neurons=False))
+    for name, row in ROWS.items()
+    if name.startswith("ours")
 }
