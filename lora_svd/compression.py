@@ -240,4 +240,4 @@ def absorb(name: str, layer: LayerInput, factors: Factors, bypass: Factors, sett
 
 
 def _progress(layers: Mapping[str, T], label: str) -> Iterable[tuple[str, T]]:
-    return tqdm(layers.items(), desc=label, leave=False, delay=2)
+    return tqdm(layers.items(), desc=label, unit="layer", leave=False, delay=2)

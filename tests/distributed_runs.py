@@ -194,7 +194,7 @@ def command_line(folder: Path) -> None:
     file = folder / f"recipe-{dist.get_rank()}.yaml"
     text, output = str(folder / "text"), str(folder / "run")
     Path(text).write_text("w")
-    options = {"model": "m", "train_text": text, "eval_text": text, "output_dir": output, "use_cpu": True}
+    options = {"model": "m", "text": text, "eval_text": text, "output_dir": output, "use_cpu": True, "bf16": False}
     file.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in options.items()))
     compress(read_recipe(file), print)
 

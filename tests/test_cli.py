@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from peft import PeftConfig
 from tiny_lm import make_text, save_tiny_lm
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaModel, TrainingArguments
 
 from lora_svd import LoraSVDConfig
 from lora_svd.cli.arguments import CompressArguments
+from lora_svd.cli.help import FOLDER as HELP_TEXTS
+from lora_svd.cli.help import help_texts
 from lora_svd.cli.recipe import read_recipe
 from lora_svd.cli.report.figures import FIGURES
 from lora_svd.compact import parameter_report
@@ -29,6 +33,7 @@ from lora_svd_command import main
 
 BOS = 1
 FOLDER = Path(__file__).parents[1] / "recipes"
+PACKAGE = Path(__file__).parents[1] / "lora_svd"
 RECIPES = sorted(FOLDER.rglob("*.yaml"))
 NUM_RECIPES = 2
 
@@ -47,7 +52,7 @@ def write_recipe(folder: Path, **changes: Any) -> str:
     """A complete recipe; a change to None leaves the field out."""
     values = {
         "model": "tiny",
-        "train_text": "train.txt",
+        "text": "train.txt",
         "eval_text": "eval.txt",
         "block_length": 16,
         "window": 32,
@@ -69,6 +74,22 @@ def write_recipe(folder: Path, **changes: Any) -> str:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({name: value for name, value in values.items() if value is not None}))
     return str(path)
+
+
+@pytest.fixture
+def bars(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Filled with the descriptions of the progress bars."""
+    shown: list[str] = []
+
+    class Recorded(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            shown.append(options.get("desc", ""))
+            super().__init__(*args, **options)
+
+    for module in ("compression", "tuner.export", "evaluation", "cli.report.trained", "cli.report.page"):
+        monkeypatch.setattr(f"lora_svd.{module}.tqdm", Recorded)
+    monkeypatch.setattr("lora_svd.generation.trange", lambda n, **options: Recorded(range(n), **options))
+    return shown
 
 
 def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -135,6 +156,55 @@ class TestCompress:
         assert "w1 w2 w3" in page
         assert {path.stem for path in (folder / "out" / "report").glob("*.png")} == set(FIGURES)
         assert [path.name for path in compact.iterdir() if path.suffix in (".png", ".html")] == []
+
+    def test_options_are_enough(self, folder: Path, capsys: pytest.CaptureFixture[str]):
+        sizes = ["--param_ratio", "0.6", "--block_length", "16", "--window", "32", "--r", "4", "--rank_multiple", "1"]
+        assert main(["compress", "tiny", "--text", "train.txt", "--output", "small", *sizes]) == 0
+        captured = capsys.readouterr()
+        plan = captured.out.splitlines()[:3]
+        assert plan[0].startswith("tiny: 14 layers with 15,360 parameters to 9,216 at most (param_ratio 0.6), the ")
+        assert plan[1] == "30 steps of 64 tokens, 3.64 passes over the text: 12 observe, 18 recover."
+        assert plan[2].startswith("Memory, at least: ")
+
+        held_out = Path("small-run", "held_out.txt")
+        assert (folder / "train.txt").read_text().endswith(held_out.read_text())
+        assert f"The perplexities are those of {held_out}." in captured.out
+        report = json.loads((folder / "small" / "report.json").read_text())
+        page = Path("small-run", "report", "index.html")
+        assert page.exists()
+        assert f"The compact model is in small, a report with figures in {page}." in captured.out
+        assert main(["evaluate", "small", "--text", str(held_out), "--window", "32"]) == 0
+        assert f"perplexity {report['perplexity_reloaded']:.3f} (" in capsys.readouterr().out
+        assert report["size"]["param_ratio"] <= 0.6
+        assert report["recipe"] == {
+            "model": "tiny",
+            "text": "train.txt",
+            "output": "small",
+            "param_ratio": 0.6,
+            "block_length": 16,
+            "window": 32,
+            "r": 4,
+            "rank_multiple": 1,
+        }
+        assert [path.name for path in (folder / "small-run").iterdir() if path.name.startswith("checkpoint")] == []
+
+    def test_every_wait_has_a_name(self, folder: Path, capsys: pytest.CaptureFixture[str], bars: list[str]):
+        assert main(["compress", write_recipe(folder, own_text_blocks=2)]) == 0
+        phases = re.findall(r"^lora-svd: (.*)$", capsys.readouterr().err, re.MULTILINE)
+        assert phases == list(json.loads((folder / "out" / "compact" / "report.json").read_text())["seconds"])
+        waits = {"own text", "spectra", "factors", "merge", "perplexity", "other sizes for the report", "figures"}
+        assert waits == set(bars)
+
+    def test_too_little_memory_is_said_before_weights_are_loaded(
+        self, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr("lora_svd.cli.plan.device_memory", lambda device: {"cpu": 100_000}[device.type])
+        monkeypatch.setattr("lora_svd.cli.compress.load_model", lambda *_: pytest.fail("weights were loaded"))
+        line = fails(capsys, "compress", write_recipe(folder))
+        assert re.match(
+            r"memory: the run takes at least 0.\d MB on cpu \(weights 0.1 MB, .*\), which has 0.1 MB\. Set", line
+        )
+        assert "`lora-svd stream`" in line
 
     def test_model_card_says_how_it_was_made_and_how_to_load_it(self, folder: Path):
         assert main(["compress", write_recipe(folder, prompt=None)]) == 0
@@ -243,12 +313,18 @@ class TestCompress:
             ({"xyzzy": 1}, (), "unknown field 'xyzzy'; `lora-svd compress --help` lists all fields"),
             ({}, ("--lerning_rate", "1"), "the command line: unknown field 'lerning_rate'; did you mean learning_rate"),
             ({}, ("--param_rati", "0.5"), "the command line: unknown field 'param_rati'; did you mean param_ratio"),
-            ({"model": None}, (), "model: missing; set it in the recipe or give --model"),
+            ({"model": None}, (), "model: missing; give --model, or set it in the recipe"),
+            ({"text": None}, (), "text: missing; give --text, or set it in the recipe"),
+            ({"output_dir": None}, (), "output: missing; give --output FOLDER, or set it in the recipe"),
+            ({"output": "tiny/.."}, (), "holds something else than a model (no config.json); name another folder"),
             ({"model": "nowhere"}, (), "model: cannot load 'nowhere'"),
-            ({"train_text": "no.txt"}, (), "train_text: no file 'no.txt'"),
-            ({"eval_text": None}, (), "eval_text: missing"),
-            ({"max_steps": "many"}, (), "argument --max_steps/--max-steps: invalid int value: 'many'"),
-            ({"max_steps": 1.5}, (), "argument --max_steps/--max-steps: invalid int value: '1.5'"),
+            ({"text": "no.txt"}, (), "text: no file 'no.txt'"),
+            ({"eval_text": "no.txt"}, (), "eval_text: no file 'no.txt'"),
+            ({"eval_text": None, "window": 301}, (), "train.txt: eval_text: none given, and 600 tokens are too few"),
+            ({}, ("0.5",), "the command line: got '0.5' without a field, expected --field value"),
+            ({"max_steps": "many"}, (), "max_steps: invalid int value: 'many'"),
+            ({"max_steps": 1.5}, (), "max_steps: invalid int value: '1.5'"),
+            ({}, ("--max-steps",), "max_steps: expected one argument"),
             ({"r": 2.5}, (), "r: got 2.5, expected a positive integer"),
             ({}, ("--r", "many"), "r: got 'many', expected a positive integer"),
             ({"param_ratio": 1.5}, (), "param_ratio: got 1.5, expected a number in (0, 1]"),
@@ -266,7 +342,7 @@ class TestCompress:
             ({"max_steps": 10, "warmup": 20}, (), "the run has only 10"),
             ({"bf16": True, "use_cpu": False}, (), "recipe.yaml: Your setup doesn't support bf16/gpu"),
             ({"lr_scheduler_type": "wavy"}, (), "recipe.yaml: wavy is not a valid SchedulerType"),
-            ({}, ("--rank_pattern", "{"), "argument --rank_pattern/--rank-pattern: not a YAML value: '{'"),
+            ({}, ("--rank_pattern", "{"), "rank_pattern: not a YAML value: '{'"),
         ],
     )
     def test_refuses(
@@ -346,6 +422,16 @@ class TestRecipe:
         assert not recipe.config.init_weights
         assert recipe.chosen["train_factors"] is True
 
+    def test_what_the_trainer_is_told_by_itself(self, folder: Path):
+        given = {"learning_rate": None, "save_strategy": None, "use_cpu": None}
+        training = read_recipe(write_recipe(folder, **given)).training
+        assert (training.learning_rate, training.save_strategy, training.bf16) == (1e-3, "no", False)
+        assert training.use_cpu != torch.accelerator.is_available()
+        training = read_recipe(write_recipe(folder, **given, dtype="bfloat16", save_steps=2)).training
+        assert (training.save_strategy, training.bf16) == ("steps", True)
+        training = read_recipe(write_recipe(folder, **given, dtype="bfloat16"), ["--bf16", "false"]).training
+        assert not training.bf16
+
     def test_defaults_are_those_of_the_dataclasses(self, folder: Path):
         recipe = read_recipe(Path(write_recipe(folder, param_ratio=None, rank_multiple=None, r=None)))
         assert recipe.config == LoraSVDConfig(task_type="CAUSAL_LM")
@@ -354,7 +440,7 @@ class TestRecipe:
     def test_all_recipes_are_valid(self):
         assert len(RECIPES) == NUM_RECIPES
         for path in RECIPES:
-            recipe = read_recipe(path, ["--train_text", "train.txt", "--eval_text", "eval.txt"])
+            recipe = read_recipe(path, ["--text", "train.txt", "--eval_text", "eval.txt"])
             assert recipe.config.param_ratio < 1
 
     @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")  # bitsandbytes computes 8 bits in float16
@@ -401,7 +487,8 @@ class TestEvaluate:
             assert main(["evaluate", model, *words, *(["--bos", bos] if bos else [])]) == 0
             assert {window[0] == BOS for window in read} == {begins}
             assert capsys.readouterr().out.endswith(f" window 32, {'`<s>`' if begins else 'no BOS'} in front)\n")
-        assert "--bos: Truthy value expected: got maybe" in fails(capsys, "evaluate", "tiny", *words, "--bos", "maybe")
+        refused = fails(capsys, "evaluate", "tiny", *words, "--bos", "maybe")
+        assert refused.startswith("bos: Truthy value expected: got maybe")
 
     @pytest.mark.parametrize(
         ("words", "message"),
@@ -417,8 +504,12 @@ class TestEvaluate:
             (("stream", "tiny", "--text", "eval.txt", "--output", "o", "--length", "0"), "`length` is 0, expected an"),
             (("stream", "tiny", "--text", "eval.txt", "--output", "o", "--length", "1"), "ids: got shape (64, 1)"),
             (("shrink",), "unknown command 'shrink', expected one of ['analyze', 'compress', 'evaluate', 'stream']"),
-            (("compress",), "compress: the first word must be the recipe"),
-            (("compress", "--param_ratio", "0.5"), "compress: the first word must be the recipe"),
+            (("compress",), "compress: the first word is missing, expected a model or a recipe"),
+            (("compress", "--param_ratio", "0.5"), "compress: the first word is --param_ratio, expected a model or a"),
+            (("compress", "nowhere", "--text", "eval.txt", "--output", "o"), "model: cannot load 'nowhere'"),
+            (("compress", "tiny", "--output", "o"), "text: missing; give --text"),
+            (("compress", "tiny", "--text", "eval.txt"), "output: missing; give --output FOLDER"),
+            (("compress", "tiny", "--txt", "eval.txt"), "the command line: unknown field 'txt'; did you mean text"),
         ],
     )
     @pytest.mark.usefixtures("folder")
@@ -429,11 +520,23 @@ class TestEvaluate:
 def test_help(capsys: pytest.CaptureFixture[str]):
     assert main([]) == 2
     assert main(["--help"]) == 0
+    usage = capsys.readouterr().out
+    for name, text in help_texts().items():
+        assert f"lora-svd {name} " in usage
+        assert main([name, "--help"]) == main([name, "MODEL", "-h"]) == 0
+        assert capsys.readouterr().out == 2 * text, "run `python -m lora_svd.cli.help`"
+
+
+def test_help_has_our_fields_and_help_all_every_field(capsys: pytest.CaptureFixture[str]):
     assert main(["compress", "--help"]) == 0
-    out = capsys.readouterr().out
-    assert "lora-svd compress RECIPE.yaml [--field value ...]" in out
-    for name in ("--param_ratio", "--train_text", "--learning_rate"):
-        assert name in out
+    ours = capsys.readouterr().out
+    for text in ("--text\n", "--param_ratio (0.8)\n", "--learning_rate (0.001)\n", "`lora-svd compress --help-all`"):
+        assert text in ours
+    assert "--adam_beta1" not in ours
+    assert main(["compress", "--help-all"]) == 0
+    every = capsys.readouterr().out
+    fields = dataclasses.fields(TrainingArguments)
+    assert [entry.name for entry in fields if entry.init and f"--{entry.name}" not in every] == []
 
 
 @pytest.mark.parametrize(("words", "begins"), [([], True), (["--bos", "no"], False)])
@@ -453,16 +556,23 @@ def test_stream_reads_bos_in_front(
 
 
 def test_help_of_the_command_loads_nothing():
-    code = "import sys, lora_svd_command; lora_svd_command.main(['--help']); print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("usage: lora-svd compress RECIPE.yaml")
-    assert {"torch", "transformers", "peft", "lora_svd"} & set(done.stdout.split()) == set()
+    code = "import sys, lora_svd_command as c; print(c.main({}), *sys.modules)"
+    for words in (["--help"], ["compress", "--help"], ["stream", "-h"]):
+        done = subprocess.run([sys.executable, "-c", code.format(words)], capture_output=True, text=True, check=True)
+        assert done.stdout.startswith("usage: lora-svd ")
+        code_and_modules = done.stdout.splitlines()[-1].split()
+        assert code_and_modules[0] == "0"
+        assert {"torch", "transformers", "peft", "lora_svd"} & set(code_and_modules) == set()
 
 
 def test_the_command_is_installed_with_the_package():
     project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8"))
     assert project["project"]["scripts"] == {"lora-svd": f"{main.__module__}:{main.__name__}"}
     assert main.__module__ in project["tool"]["setuptools"]["py-modules"]
+    packaged = {
+        path for glob in project["tool"]["setuptools"]["package-data"]["lora_svd"] for path in PACKAGE.glob(glob)
+    }
+    assert set(HELP_TEXTS.iterdir()) <= packaged
 
 
 def test_stream_writes_a_compact_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

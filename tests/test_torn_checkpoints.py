@@ -173,12 +173,12 @@ def test_recipe_resumes_from_the_last_whole_checkpoint(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     save_tiny_lm(tmp_path / "tiny")
     (tmp_path / "text").write_text("w1 w2 w3")
-    recipe = "model: tiny\ntrain_text: text\neval_text: text\noutput_dir: out\nr: 4\nrank_multiple: 1\n"
+    recipe = "model: tiny\ntext: text\neval_text: text\noutput_dir: out\nr: 4\nrank_multiple: 1\n"
     recipe += "max_steps: 6\nsave_steps: 2\nuse_cpu: true\nreport_to: [none]\nresume_from_checkpoint: last\n"
     (tmp_path / "recipe.yaml").write_text(recipe)
 
     def train() -> None:
-        model = load_model("tiny", "float32", torch.device("cpu"))[1]
+        model = load_model("tiny", "float32", torch.device("cpu"))
         torch.manual_seed(0)
         _train(model, torch.arange(3, 51).view(6, 8), read_recipe(tmp_path / "recipe.yaml"))
 

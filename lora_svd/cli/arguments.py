@@ -30,8 +30,13 @@ class CompressArguments:
     _argument_group_name = "run"
 
     model: str = option("", "The causal language model to compress: a local folder or a name on the Hub.")
-    train_text: str = option("", "UTF-8 text file to train on and to take the statistics from.")
-    eval_text: str = option("", "UTF-8 text file, not trained on, whose perplexity is measured before and after.")
+    text: str = option("", "UTF-8 text file to train on and to take the statistics from.")
+    eval_text: str = option(
+        "",
+        "UTF-8 text file, not trained on, whose perplexity is measured before and after; empty: the end of text, held "
+        "out for it.",
+    )
+    output: str = option("", "Folder for the compact model; empty: compact in output_dir.")
     dtype: str = option("auto", f"Type the model is loaded, evaluated and saved in: {', '.join(DTYPES)}.")
     base_quantization: str = option("none", f"Form the dense weights are loaded in: {', '.join(QUANTIZATIONS)}.")
     export_quantization: str = option(
@@ -39,7 +44,7 @@ class CompressArguments:
     )
     block_length: int = option(512, "Tokens in one training sequence.")
     bos: bool | None = option(None, BOS_HELP)
-    own_text_blocks: int = option(0, "Training sequences that the dense model writes itself, added to train_text's.")
+    own_text_blocks: int = option(0, "Training sequences that the dense model writes itself, added to those of text.")
     own_text_start: str = option("", "Token that its documents begin with; empty: the tokenizer's bos_token.")
     window: int = option(1024, "Tokens in one window of the perplexity evaluation.")
     prompt: str = option("", "Text that the dense and the compact model continue; empty: none.")
@@ -48,15 +53,15 @@ class CompressArguments:
         default_factory=lambda: [0.9, 0.75],
         metadata={"help": "Further values of param_ratio whose perplexity the report shows; none if empty."},
     )
-    report_tokens: int = option(2048, "Tokens of eval_text that it is measured on, in whole windows; 0: not at all.")
+    report_tokens: int = option(2048, "Tokens that those are measured on, in whole windows; 0: not at all.")
 
     def __post_init__(self) -> None:
-        for name in ("model", "train_text", "eval_text"):
+        for name in ("model", "text"):
             if not getattr(self, name):
-                raise LoraSVDError(f"{name}: missing; set it in the recipe or give --{name}")
-        for name in ("train_text", "eval_text"):
-            if not Path(getattr(self, name)).is_file():
-                raise LoraSVDError(f"{name}: no file {getattr(self, name)!r} (working directory: {Path.cwd()})")
+                raise LoraSVDError(f"{name}: missing; give --{name}, or set it in the recipe")
+        for name in ("text", "eval_text"):
+            if (path := getattr(self, name)) and not Path(path).is_file():
+                raise LoraSVDError(f"{name}: no file {path!r} (working directory: {Path.cwd()})")
         for name, check in _CHECKS.items():
             check(name, getattr(self, name))
         for size in self.report_sizes:

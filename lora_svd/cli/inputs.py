@@ -1,30 +1,41 @@
-"""Models, tokenizers and texts that commands read, and the device they compute on."""
+"""Models, tokenizers and texts that commands read, the device they compute on and its memory."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftMixedModel, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from ..config import LoraSVDConfig
 from ..errors import LoraSVDError
+from ..evaluation import text_tokens
 from .arguments import DTYPES
+
+_NO_CODE: Any = {"trust_remote_code": False}  # without it transformers asks, where there is a terminal
+# Tokens held out of a text, in windows of the evaluation: few cost accuracy, many cost time.
+_FEWEST_WINDOWS, _MOST_WINDOWS = 2, 32
+_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def load_model(
     name: str, dtype: str, device: torch.device, quantization_config: BitsAndBytesConfig | None = None
-) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Tokenizer and causal language model, dense or compact, from a local folder or the Hub.
+) -> PreTrainedModel:
+    """A causal language model, dense or compact, from a local folder or the Hub.
 
     Raises:
         LoraSVDError: there is no such model, or it cannot be loaded.
@@ -32,15 +43,38 @@ def load_model(
     if dtype not in DTYPES:
         raise LoraSVDError(f"dtype: unknown value {dtype!r}, expected one of {sorted(DTYPES)}")
     try:
-        safe: Any = {"trust_remote_code": False}  # without it transformers asks, where there is a terminal
-        tokenizer = AutoTokenizer.from_pretrained(name, **safe)
         # bitsandbytes quantizes where the weights are loaded to, and 8-bit models cannot be moved
         placed: Any = {"device_map": {"": device}, "quantization_config": quantization_config}
         options = placed if quantization_config else {}
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **safe, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **_NO_CODE, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise LoraSVDError(f"model: cannot load {name!r}: {error}") from error
-    return tokenizer, model if quantization_config else model.to(device)
+    return model if quantization_config else model.to(device)
+
+
+def load_config(name: str, dtype: str) -> tuple[PreTrainedConfig, torch.dtype]:
+    """The configuration of a model, and the type that its weights are loaded in.
+
+    Raises:
+        LoraSVDError: there is no such model.
+    """
+    try:
+        config: Any = AutoConfig.from_pretrained(name, **_NO_CODE)
+    except (OSError, ValueError) as error:
+        raise LoraSVDError(f"model: cannot load {name!r}: {error}") from error
+    return config, getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
+
+
+def adapted(model: PreTrainedModel, config: LoraSVDConfig) -> PeftModel | PeftMixedModel:
+    """The model with a LoraSVD adapter in it.
+
+    Raises:
+        LoraSVDError: PEFT or the tuner refuses the configuration.
+    """
+    try:
+        return get_peft_model(model, config)
+    except (ValueError, TypeError) as error:  # how PEFT refuses a configuration, LoraSVDError included
+        raise LoraSVDError(str(error)) from error
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -50,9 +84,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         LoraSVDError: there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(name, **_NO_CODE)
     except (OSError, ValueError) as error:
-        raise LoraSVDError(f"model: cannot load the tokenizer of {name!r}: {error}") from error
+        raise LoraSVDError(f"model: cannot load {name!r}, its tokenizer: {error}") from error
 
 
 def bitsandbytes_config(quantization: str) -> BitsAndBytesConfig | None:
@@ -78,6 +112,18 @@ def find_device(name: str) -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
+def device_memory(device: torch.device) -> int | None:
+    """Bytes that a run can take: what is free on a CUDA device, all that the machine or its container has for the CPU,
+    where what is free would not count the caches that the system gives up. None: the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return None
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _CONTAINER_LIMIT.read_text(encoding="ascii").strip() if _CONTAINER_LIMIT.is_file() else ""
+    return min(physical, int(limit)) if limit.isdigit() else physical
+
+
 def read_text(field: str, path: str) -> str:
     """A UTF-8 text file.
 
@@ -88,6 +134,37 @@ def read_text(field: str, path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise LoraSVDError(f"{field}: cannot read {path!r} as UTF-8 text: {error}") from error
+
+
+def write_text(field: str, path: Path, text: str) -> None:
+    """Write a UTF-8 text file, whose folder is made.
+
+    Raises:
+        LoraSVDError: it cannot be written; the message names the field that chose the place.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise LoraSVDError(f"{field}: cannot write {str(path)!r}: {error}") from error
+
+
+def hold_out(text: str, tokenizer: PreTrainedTokenizerBase, window: int) -> tuple[str, str]:
+    """A text without its end, and the end, to be evaluated on: a tenth of the tokens, but 2 windows at least and 32 at
+    most.
+
+    Raises:
+        LoraSVDError: that would be more than half of the text.
+    """
+    tokens = len(text_tokens(tokenizer, text))
+    held_out = min(max(tokens // 10, _FEWEST_WINDOWS * window), _MOST_WINDOWS * window)
+    if 2 * held_out > tokens:
+        raise LoraSVDError(
+            f"eval_text: none given, and {tokens:,} tokens are too few to hold out {held_out:,} of them, "
+            f"{_FEWEST_WINDOWS} times `window`: give --eval_text FILE, more text or a smaller --window"
+        )
+    end = len(text) - round(len(text) * held_out / tokens)
+    return text[:end], text[end:]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""``lora-svd compress RECIPE.yaml``, ``stream``, ``evaluate`` and ``analyze MODEL``: a thin layer over the package.
+"""``lora-svd compress``, ``stream``, ``evaluate`` and ``analyze``: a thin layer over the package.
 
 Results go to stdout, progress and logs to stderr. Exit code 2: a request that cannot be carried out, said in one line.
 A command imports what it needs when it runs.
@@ -40,23 +40,26 @@ def _function(command: str) -> Callable[[list[str]], None]:
 def _compress(words: list[str]) -> None:
     from .recipe import read_recipe, recipe_parser
 
-    if words[:1] in (["-h"], ["--help"]):
+    if words == ["--help-all"]:
         recipe_parser().print_help()
         return
     if not words or words[0].startswith("-"):
-        raise LoraSVDError("compress: the first word must be the recipe, as in `lora-svd compress RECIPE.yaml`")
+        raise LoraSVDError(
+            f"compress: the first word is {words[0] if words else 'missing'}, expected a model or a recipe, as in "
+            "`lora-svd compress MODEL --text FILE --output FOLDER` or `lora-svd compress RECIPE.yaml`"
+        )
     from .compress import compress
 
-    compress(read_recipe(Path(words[0]), words[1:]), say=lambda line: print(line, flush=True))
+    compress(read_recipe(words[0], words[1:]), say=lambda line: print(line, flush=True))
 
 
 def _evaluate(words: list[str]) -> None:
     from ..evaluation import perplexity
-    from .inputs import about, find_device, load_model, read_text
+    from .inputs import about, find_device, load_model, load_tokenizer, read_text
 
     options, model_name = _parse("evaluate", EvaluateArguments, "A local folder or a name on the Hub.", words)
     text = read_text("text", options.text)
-    tokenizer, model = load_model(model_name, options.dtype, find_device(options.device))
+    model, tokenizer = load_model(model_name, options.dtype, find_device(options.device)), load_tokenizer(model_name)
     with about(options.text):
         result = perplexity(model, tokenizer, text, window=options.window, bos=options.bos)
     print(json.dumps(dataclasses.asdict(result)) if options.json else f"perplexity {result}")

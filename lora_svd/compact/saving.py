@@ -57,8 +57,7 @@ def _save(
     old = folder.with_name(f".{folder.name}-old")
     if old.exists() and not folder.exists():  # a process was killed just before it put the new one in place
         old.rename(folder)
-    if folder.exists() and not (folder / "config.json").exists() and (folder.is_file() or any(folder.iterdir())):
-        raise LoraSVDError(f"folder: {folder} holds something else than a model (no config.json); name another folder")
+    check_replaceable(folder)
     left = [str(path) for path in folder.parent.glob(f".{folder.name}-????????.part")]
     if left:
         warnings.warn(f"{', '.join(left)}: left by a save that did not end; delete it", stacklevel=3)
@@ -81,6 +80,12 @@ def _save(
         if old.exists() and not folder.exists():
             old.rename(folder)
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise if a folder holds something else than a model, which saving one there would lose."""
+    if folder.exists() and not (folder / "config.json").exists() and (folder.is_file() or any(folder.iterdir())):
+        raise LoraSVDError(f"folder: {folder} holds something else than a model (no config.json); name another folder")
 
 
 def add_checksums(folder: Path) -> None:

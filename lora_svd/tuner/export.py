@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig
 
 from ..compact.bnb import BLOCK, dtype_between, num_bytes
@@ -73,7 +74,8 @@ def export(run: AdapterRun) -> Export:
         run.apply(run.compressed_to(config.param_ratio, inputs, chosen=run.chosen_size))
     layers, kept = run.layers, run.kept_inputs(inputs)
     dtype = dtype_between(p for name, p in run.model.named_parameters() if PREFIX not in name)
-    modules = {name: _module(name, run, layer, kept[name], settings, dtype) for name, layer in layers.items()}
+    bar = tqdm(layers.items(), desc="merge", unit="layer", leave=False, delay=2)
+    modules = {name: _module(name, run, layer, kept[name], settings, dtype) for name, layer in bar}
     description = LoraSVDCompactConfig(
         ranks={name: min(layer_features(module)) for name, module in modules.items()},
         shapes=kept_shapes(run.groups, inputs, kept),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from tqdm.auto import tqdm
 
 from ...analysis.plots import save_png
 from .data import ReportData
@@ -33,7 +34,7 @@ def write_report(data: ReportData, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name in FIGURES:
         (folder / f"{name}.png").unlink(missing_ok=True)
-    for name, figure in draw_figures(data).items():
+    for name, figure in tqdm(draw_figures(data).items(), desc="figures", unit="figure", leave=False, delay=2):
         save_png(figure, folder / f"{name}.png")
     page = folder / "index.html"
     page.write_text(render(data, {path.stem: path.read_bytes() for path in folder.glob("*.png")}), encoding="utf-8")

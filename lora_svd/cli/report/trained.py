@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import TrainerState
 
 from ...allocation import Allocation, LayerShape
@@ -132,7 +133,7 @@ class TrainedRun:
         with replaced(model, {name: layer.get_base_layer() for name, layer in self._layers.items()}):
             perplexities: dict[float | None, Perplexity] = {None: measure(model)}
         perplexities[parameter_report(model).param_ratio] = measure(model)
-        for size in self._sizes(others):
+        for size in tqdm(self._sizes(others), desc="other sizes for the report", unit="size", leave=False, delay=2):
             with replaced(model, self.modules(size)):
                 perplexities[parameter_report(model).param_ratio] = measure(model)
         return perplexities
