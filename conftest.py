@@ -20,6 +20,7 @@ settings.register_profile("default", deadline=None, derandomize=True, database=N
 settings.register_profile("extended", deadline=None, derandomize=False, print_blob=True, max_examples=4000)
 settings.load_profile("default")
 
+collect_ignore = ["tests/serving", "lora-svd-vllm"]  # `make serve-test` runs them where the servers are installed
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 HOST_WARNINGS = (
     "ignore:`torch.jit.script:DeprecationWarning",  # bitsandbytes, on import

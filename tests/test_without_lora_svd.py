@@ -113,6 +113,36 @@ def test_what_cannot_be_self_contained(tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
 
 
+def test_model_file_of_mlx(tmp_path: Path) -> None:
+    """Saved on request, and not named by what is saved again without it. ``make serve-test`` runs it."""
+    compact = trained(tmp_path / "run").merge_and_unload()
+    save_compact(compact, tmp_path / "compact", mlx=True)
+    config = json.loads((tmp_path / "compact" / "config.json").read_text())
+    assert config["model_file"] == "mlx_model.py"
+    assert "class LowRankLinear" in (tmp_path / "compact" / "mlx_model.py").read_text()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "compact")
+    assert torch.equal(logits(again), logits(compact))
+    save_compact(again, tmp_path / "again")
+    assert "model_file" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
+@pytest.mark.filterwarnings("ignore:.* are in 3-D weights")
+def test_what_mlx_does_not_load(tmp_path: Path) -> None:
+    save = partial(save_compact, folder=tmp_path / "model", mlx=True)
+    with pytest.raises(LoraSVDError, match="mlx: got a model that is not compact"):
+        save(LLAMA.build())
+    with pytest.raises(LoraSVDError, match=r"mlx: got a model with a mixture of experts, model.layers.0.mlp.experts"):
+        save(trained(tmp_path / "run", ARCHITECTURES["mixtral"]).merge_and_unload())
+    products = {"decomposition": "kronecker", "factor_format": "factors", "neurons": False}
+    compact = trained(tmp_path / "run", **products).merge_and_unload()
+    with pytest.raises(LoraSVDError, match="_proj as Kronecker products, expected low-rank layers in full precision"):
+        save(compact)
+    compact.config.quantization_config.quantized = ["model.layers.0.mlp.up_proj"]
+    with pytest.raises(LoraSVDError, match=r"mlx: got a model with model.layers.0.mlp.up_proj in 4 or 8 bits"):
+        save(compact)
+    assert not (tmp_path / "model").exists()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_weights_are_the_rounded_products(dtype: torch.dtype, tmp_path: Path) -> None:
     compact = trained(tmp_path).merge_and_unload().to(dtype).train()

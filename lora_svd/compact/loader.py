@@ -80,6 +80,7 @@ class LoraSVDCompactQuantizer(HfQuantizer):
         keep_unpacked(model)
         expose_output(model)
         model.config.quantization_config.checksums = {}  # of files that were read; the model may now change
+        vars(model.config).pop("model_file", None)  # for mlx-lm, beside the files that were read
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:

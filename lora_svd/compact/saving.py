@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import LoraSVDError
 from .card import card_of
 from .folder import checksums
+from .mlx import write_mlx
 from .remote_code import write_code
 
 
@@ -23,6 +24,7 @@ def save_compact(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     self_contained: bool = False,
+    mlx: bool = False,
 ) -> None:
     """``save_pretrained``, checksums and a model card, in a new folder that takes an old one's place when complete.
 
@@ -39,18 +41,21 @@ def save_compact(
     saved by plain ``save_pretrained`` has no checksums: there only files that are cut off, and tensors that are missing
     or of another shape, are found.
 
+    With ``mlx`` the folder gets ``mlx_model.py``, with which mlx-lm loads it:
+    ``mlx_lm.generate --model folder --trust-remote-code``.
+
     Raises:
         LoraSVDError: the folder holds something else than a model, which would be lost, or it cannot be written.
     """
     folder = Path(folder).absolute()
     try:
-        _save(model, folder, tokenizer, self_contained)
+        _save(model, folder, tokenizer, self_contained, mlx)
     except (OSError, SafetensorError) as error:
         raise LoraSVDError(f"folder: cannot save to {folder}: {error}; an earlier model there is untouched") from error
 
 
 def _save(
-    model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, self_contained: bool
+    model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None, self_contained: bool, mlx: bool
 ) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()
@@ -66,6 +71,8 @@ def _save(
         model.save_pretrained(staging)
         if self_contained:
             write_code(model, staging)
+        if mlx:
+            write_mlx(model, staging)
         add_checksums(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
