@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import CompilationConfig, CompilationMode, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -59,7 +60,7 @@ class CompactConfig(QuantizationConfig):
     ) -> None:
         """Read what the rest of the config and the files say: vLLM calls this once, before a process is started."""
         assert hf_config is not None
-        with set_current_vllm_config(VllmConfig()):  # vLLM makes some classes of transformers ask for one
+        with set_current_vllm_config(_uncompiled(hf_config)):
             model = skeleton(hf_config)
         self.layers = layers_of(self.description, model)
         self.model_type = hf_config.model_type
@@ -108,3 +109,12 @@ class CompactConfig(QuantizationConfig):
         size = (layer.embedding_dim, layer.num_embeddings)
         found = [of for of in self.layers.values() if of.is_embedding and (prefix or size) in (of.name, of.dense)]
         return None if not found or found[0].is_plain else LowRankEmbeddingMethod(found[0], self.embeddings)
+
+
+def _uncompiled(hf_config: PreTrainedConfig) -> VllmConfig:
+    """What a class of transformers asks for when it is made, once vLLM has served a model of its with
+    ``model_impl="transformers"`` in this process."""
+    config = VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))
+    asked: Any = SimpleNamespace(hf_config=hf_config)
+    config.model_config = asked
+    return config
