@@ -35,6 +35,7 @@ def test_every_benchmark_is_run_here() -> None:
         "lora_prune.py",
         "lpaf.py",
         "neuron_selection.py",
+        "serving.py",  # in lora-svd-vllm/tests, where vLLM is
         "task_data.py",  # in tests/test_real_model.py
         "task_rows.py",
         "tensorgpt.py",
