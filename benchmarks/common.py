@@ -7,9 +7,10 @@ import json
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,12 @@ def train(model: Any, examples: Any, arguments: TrainingArguments, *callbacks: T
 def phases_of(model: Any) -> list[TrainerCallback]:
     """What takes a LoraSVD adapter through its phases, where the model has one."""
     return [LoraSVDCallback()] if isinstance(getattr(model, "base_model", None), LoraSVDModel) else []
+
+
+def ranks_alone(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows of ours as they were before neurons were priced, by the names of their results."""
+    ours = {name: row for name, row in rows.items() if name.startswith("ours")}
+    return {f"{name} (ranks alone)": replace(row, make=partial(row.make, neurons=False)) for name, row in ours.items()}
 
 
 def cache_folder(kind: str, known: list[Any]) -> Path:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accuracy import task_accuracies
@@ -34,6 +34,7 @@ from common import (
     cache_folder,
     load,
     phases_of,
+    ranks_alone,
     train,
     training_arguments,
 )
@@ -277,12 +278,7 @@ ROWS = {
     "ours, kronecker + recovery": Row(partial(ours, importance="kronecker", **BEST), trains=True),
     "ours + recovery, any size from one run": Row(partial(any_size, **BEST), trains=True),
 }
-# As rows of ours were before neurons were priced.
-RANKS_ALONE = {
-    f"{name} (ranks alone)": Row(partial(cast(Callable[..., Any], row.make), neurons=False), trains=row.trains)
-    for name, row in ROWS.items()
-    if name.startswith("ours")
-}
+RANKS_ALONE = ranks_alone(ROWS)
 
 
 def main() -> None:

@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from common import PUBLISHED
+from common import PUBLISHED, ranks_alone
 from kngpt2 import kronecker_products, taught_by
 from lora_prune import lora_prune
 from lpaf import prune, train_mixed, unwrap, wrap
@@ -155,9 +155,4 @@ ROWS = {
     "ours, distilled": Row(partial(ours, distillation=0.5)),
     "ours, embedding, distilled": Row(partial(ours, distillation=0.5, **BLOCKS_AND_EMBEDDING)),
 }
-# As rows of ours were before neurons were priced.
-RANKS_ALONE = {
-    f"{name} (ranks alone)": Row(partial(cast(Callable[..., Any], row.make), neurons=False))
-    for name, row in ROWS.items()
-    if name.startswith("ours")
-}
+RANKS_ALONE = ranks_alone(ROWS)

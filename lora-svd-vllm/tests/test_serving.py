@@ -15,24 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import CASES
 from serving import answers, difference, engine, references, served
 from vllm.lora.request import LoRARequest
 
-CASES = (
-    "pivoted",
-    "factors",
-    "neurons",
-    "heads",
-    "heads-factors",
-    "dense-kept",
-    "excluded",
-    "odd-width",
-    "embedding",
-    "head",
-    "qwen2",
-    "phi3",
-    "qwen3",
-)
 TOLERANCE = 1e-4  # of log-probabilities in float32
 
 
